@@ -1,0 +1,104 @@
+"""Uniform affine grids: which real values the codes of a group can stand for.
+
+A group of weights shares one scale and one zero; code q stands for scale * (q - zero), q in 0 .. 2**bits - 1.
+[Frantar et al. 2023, section 4, "Experiments: setup"; the min/max rule is theirs]
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+BITS = (2, 3, 4, 8)
+SCALE_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What a weight is rounded to.
+
+    bits: width of a code: 2, 3, 4 or 8.
+    group_size: consecutive inputs that share a scale; None: one group spans all inputs of an output feature.
+        Where it does not divide the inputs, the last group is short.
+    symmetric: zero fixed at 2**(bits - 1) rather than fitted.
+    scale_dtype: what scales are rounded to before any code is chosen. float16 is what checkpoints store;
+        choose "float32" for weights whose magnitude float16 cannot hold.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = False
+    scale_dtype: str = "float16"
+
+    def __post_init__(self):
+        if self.bits not in BITS:
+            raise ValueError(f"bits={self.bits!r}; choose one of {BITS}")
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            raise ValueError(
+                f"group_size={self.group_size!r}; give a positive integer, or None for one group an output feature"
+            )
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"scale_dtype={self.scale_dtype!r}; choose one of {SCALE_DTYPES}")
+
+    @property
+    def max_code(self) -> int:
+        return 2**self.bits - 1
+
+    @property
+    def midpoint(self) -> int:
+        """The zero of a symmetric grid."""
+        return 2 ** (self.bits - 1)
+
+    def group_length(self, in_features: int) -> int:
+        """Inputs in a full group of a weight with `in_features` inputs."""
+        return in_features if self.group_size is None else min(self.group_size, in_features)
+
+
+def round_scales(scales: Float[Array, "*shape"], scale_dtype: str) -> Float[Array, "*shape"]:
+    """Scales as they will be stored, in float32: rounded to `scale_dtype`, kept inside its normal range.
+
+    A scale at either end of that range (see `scales_at_limit`) represents its group badly.
+    """
+    info = jnp.finfo(scale_dtype)
+    sign = jnp.where(scales < 0, -1.0, 1.0).astype(scales.dtype)
+    magnitude = jnp.clip(jnp.abs(scales), float(info.tiny), float(info.max))
+    return (sign * magnitude).astype(scale_dtype).astype(jnp.float32)
+
+
+def scales_at_limit(scales: Float[Array, "*shape"]) -> Array:
+    """How many stored scales lie at the end of their dtype's normal range, and so stand for a value beyond it."""
+    info = jnp.finfo(scales.dtype)
+    magnitude = jnp.abs(scales)
+    return jnp.sum((magnitude <= info.tiny) | (magnitude >= info.max))
+
+
+def fit(w: Float[Array, "group out"], grid: Grid) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
+    """Scale and zero of one group by the min/max rule, for each output feature.
+
+    The range always includes 0, so that a weight of 0 (and padding) is represented. A group of zeros alone gets
+    the range -1 .. 1. Scales come back rounded to `grid.scale_dtype`, both in float32.
+    """
+    low = jnp.minimum(jnp.min(w, axis=0), 0.0)
+    high = jnp.maximum(jnp.max(w, axis=0), 0.0)
+    if grid.symmetric:
+        high = jnp.maximum(-low, high)
+        low = -high
+    empty = (low == 0) & (high == 0)
+    low, high = jnp.where(empty, -1.0, low), jnp.where(empty, 1.0, high)
+    # Divide each end before the difference: high - low may overflow.
+    scale = high / grid.max_code - low / grid.max_code
+    if grid.symmetric:
+        zero = jnp.full_like(scale, grid.midpoint)
+    else:
+        zero = jnp.clip(jnp.round(-low / scale), 0, grid.max_code)
+    return round_scales(scale, grid.scale_dtype), zero
+
+
+def encode(w: Array, scales: Array, zeros: Array, max_code: int) -> Array:
+    """Nearest codes (as floats, ties to even) of `w`; scales and zeros broadcast against it."""
+    return jnp.clip(jnp.round(w / scales) + zeros, 0, max_code)
+
+
+def decode(codes: Array, scales: Array, zeros: Array) -> Array:
+    """The values that codes stand for; scales and zeros broadcast against them."""
+    return scales * (codes - zeros)
