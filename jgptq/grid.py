@@ -6,6 +6,7 @@ A group of weights shares one scale and one zero; code q stands for scale * (q -
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -92,6 +93,14 @@ def fit(w: Float[Array, "group out"], grid: Grid) -> tuple[Float[Array, " out"],
     else:
         zero = jnp.clip(jnp.round(-low / scale), 0, grid.max_code)
     return round_scales(scale, grid.scale_dtype), zero
+
+
+def fit_groups(w: Float[Array, "in out"], grid: Grid) -> tuple[Float[Array, "groups out"], Float[Array, "groups out"]]:
+    """`fit` for every group of a whole weight, inputs in natural order."""
+    length = grid.group_length(w.shape[0])
+    # Zeros that fill a short last group up never widen its range, which includes 0 anyway.
+    padded = jnp.pad(w, ((0, -w.shape[0] % length), (0, 0)))
+    return jax.vmap(lambda group: fit(group, grid))(padded.reshape(-1, length, w.shape[1]))
 
 
 def encode(w: Array, scales: Array, zeros: Array, max_code: int) -> Array:

@@ -1,0 +1,279 @@
+"""GPTQ: quantize one input after another, letting later inputs make up for the error so far.
+
+[Frantar et al. 2023, algorithm 1], in the form of a nearest-plane recursion that needs one Cholesky factor and no
+inverse [Chee et al. 2023, LDLQ; Chen et al. 2025]: with H + λI = M D Mᵀ, M unit upper triangular, and e = w - q,
+
+    t_j = w_j + Σ_{k<j} e_k M_kj,    q_j = nearest grid point to t_j,    loss = Σ_j D_j (t_j - q_j)².
+
+The codes are those of algorithm 1; its lazy batches are the nested sums below. Inputs are solved in nested blocks:
+the sum over earlier blocks is a matrix product, and only the last few inputs go one by one.
+"""
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jgptq import grid as grids
+from jgptq import tensor
+from jgptq.grid import Grid
+from jgptq.hessian import HIGHEST, Hessian, factor
+from jgptq.solvers.method import Info, check_hessian, check_weight, make_info
+
+ActOrder = Literal[False, True, "static", "group"]
+ACT_ORDERS = (False, True, "static", "group")
+
+# Inputs that go one by one before a matrix product takes over; 8 to 32 time alike on a CPU.
+STRIP = 16
+# Earlier inputs in one product of the outermost sum: long enough to run at full speed.
+CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPTQ:
+    """The method value; see `gptq` for the options. The default order is the group-aware one."""
+
+    act_order: ActOrder = "group"
+    damp: float = 0.01
+    block_size: int = 128
+    name: str = dataclasses.field(default="gptq", init=False)
+
+    def solve(self, w: Array, hessian: Hessian, grid: Grid) -> tuple[tensor.QuantizedTensor, Info]:
+        return gptq(w, hessian, grid, act_order=self.act_order, damp=self.damp, block_size=self.block_size)
+
+
+def gptq(
+    w: Float[Array, "in out"],
+    hessian: Hessian,
+    grid: Grid,
+    *,
+    act_order: ActOrder = False,
+    damp: float = 0.01,
+    block_size: int = 128,
+) -> tuple[tensor.QuantizedTensor, Info]:
+    """Quantizes one weight to minimize the output error on the inputs that `hessian` has seen.
+
+    act_order: the order in which inputs are quantized. False: as they come. True: by falling diagonal of the
+        Hessian, groups formed in that order, the permutation kept in the tensor. "static": the same order, but each
+        input uses its natural group's grid, fitted to the original weight beforehand: no permutation at inference.
+        "group": group-aware reordering: groups by their largest diagonal, inputs by diagonal within a group; no
+        permutation either.
+    damp: added to the diagonal, in units of its mean; grows tenfold while the factorization fails (info.damp).
+    block_size: inputs in a lazy batch; changes speed, not the codes (but for rounding in float32).
+
+    Dead inputs (always zero in calibration) are rounded to nearest. Each group's min/max grid is fitted to the
+    weights as compensated when the group is reached.
+    """
+    check_weight(w)
+    check_hessian(w, hessian)
+    if act_order not in ACT_ORDERS:
+        raise ValueError(f"act_order={act_order!r}; choose one of {ACT_ORDERS}")
+    if not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size={block_size!r}; give a positive integer")
+    if isinstance(damp, int | float) and not 0 <= damp < float("inf"):
+        raise ValueError(f"damp={damp!r}; give a number from 0, in units of the Hessian's mean diagonal")
+    return _gptq(w, hessian, grid, act_order, damp, block_size)
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "act_order", "block_size"))
+def _gptq(w, hessian, grid, act_order, damp, block_size):
+    dtype, w = w.dtype, w.astype(jnp.float32)
+    in_features = w.shape[0]
+    h = hessian.mean()
+    plan = _plan(in_features, grid.group_length(in_features), block_size)
+    order = _order(jnp.diagonal(h), plan, act_order)
+
+    # A slot past its group's last input holds a dead input of weight 0 and no influence.
+    padded_w = jnp.pad(w, ((0, 1), (0, 0)))[order.inputs]
+    padded_h = jnp.pad(h, ((0, 1), (0, 1)))[order.inputs][:, order.inputs]
+    factored = factor(padded_h, damp)
+
+    rows = None
+    if act_order == "static":
+        rows = _Rows(*grids.fit_groups(w, grid), order.groups)
+    solution = _descend(padded_w, None, factored.upper, factored.pivots, rows, grid, plan.group, plan.sizes)
+
+    codes = jnp.zeros((in_features, w.shape[1]), jnp.uint8).at[order.inputs].set(solution.codes, mode="drop")
+    scales, zeros, permutation = solution.scales, solution.zeros, None
+    if act_order == "group":
+        reached = order.groups[:: plan.group]
+        scales, zeros = jnp.zeros_like(scales).at[reached].set(scales), jnp.zeros_like(zeros).at[reached].set(zeros)
+    if act_order is True:
+        groups = jnp.zeros(in_features, jnp.int32).at[order.inputs].set(order.groups, mode="drop")
+        permutation = jnp.argsort(groups, stable=True).astype(jnp.int32)
+        codes = codes[permutation]
+    groups = -(-in_features // grid.group_length(in_features))
+    weight = tensor.from_codes(
+        codes, scales[:groups], zeros[:groups], grid=grid, permutation=permutation, dtype=dtype
+    )
+    # The loss is that of the damped Hessian; what was added to its diagonal comes off again.
+    error = solution.loss - jnp.sum(factored.added * jnp.sum(solution.errors**2, axis=1))
+    info = make_info(
+        w, weight, hessian, error=error, loss=solution.loss, damp=factored.damp, failed=factored.failed
+    )
+    return weight, info
+
+
+class _Plan(NamedTuple):
+    """How inputs are laid out in slots: groups padded to `group` slots, solved in nested blocks of `sizes` slots."""
+
+    inputs: np.ndarray  # (slots,) the input in each slot in natural order; in_features where the slot is empty
+    group: int
+    sizes: tuple[int, ...]
+
+
+def _plan(in_features: int, group_size: int, block_size: int) -> _Plan:
+    def round_up(n: int) -> int:
+        return n if n < STRIP else -(-n // STRIP) * STRIP
+
+    groups = -(-in_features // group_size)
+    if group_size <= block_size:
+        group = round_up(group_size)
+        blocks = -(-groups // max(1, block_size // group))
+        block = group * -(-groups // blocks)
+    else:
+        blocks_in_group = -(-group_size // block_size)
+        block = round_up(-(-group_size // blocks_in_group))
+        group = block * blocks_in_group
+        blocks = blocks_in_group * groups
+    slots = np.arange(block * blocks)
+    within = slots % group
+    inputs = (slots // group) * group_size + within
+    inputs = np.where((within < group_size) & (inputs < in_features), inputs, in_features)
+    sizes = sorted({group, block, min(STRIP, group, block)}, reverse=True)
+    return _Plan(inputs, group, tuple(size for size in sizes if size < len(slots)))
+
+
+class _Order(NamedTuple):
+    """The input in each slot (in_features where empty) and the group whose grid the slot uses."""
+
+    inputs: Int[Array, " slots"]
+    groups: Int[Array, " slots"]
+
+
+def _order(diagonal: Float[Array, " in"], plan: _Plan, act_order: ActOrder) -> _Order:
+    natural, (in_features,) = jnp.asarray(plan.inputs), diagonal.shape
+    group_of_slot = jnp.arange(natural.shape[0]) // plan.group
+    if act_order is False:
+        return _Order(natural, group_of_slot)
+    if act_order == "group":
+        # Empty slots go last in their group, empty groups last of all.
+        blocks = jnp.append(diagonal, -1.0)[natural].reshape(-1, plan.group)
+        within = jnp.argsort(-blocks, axis=1, stable=True)
+        groups = jnp.argsort(-jnp.max(blocks, axis=1), stable=True)
+        inputs = jnp.take_along_axis(natural.reshape(-1, plan.group), within, axis=1)[groups]
+        return _Order(inputs.reshape(-1), jnp.repeat(groups, plan.group))
+    falling = jnp.append(jnp.argsort(-diagonal, stable=True), in_features)
+    inputs = falling[natural]
+    if act_order == "static":
+        slot_of_input = np.flatnonzero(plan.inputs < in_features)
+        return _Order(inputs, jnp.append(group_of_slot[slot_of_input], 0)[inputs])
+    return _Order(inputs, group_of_slot)
+
+
+class _Rows(NamedTuple):
+    """The grids of a block of inputs, and which of them each input uses."""
+
+    scales: Float[Array, "groups out"]
+    zeros: Float[Array, "groups out"]
+    index: Int[Array, " in"]
+
+
+class _Solution(NamedTuple):
+    codes: Array  # (n, out) uint8
+    scales: Array  # (groups, out)
+    zeros: Array  # (groups, out)
+    errors: Array  # (n, out): w - q
+    loss: Array  # ()
+
+
+def _descend(w, feedback, upper, pivots, rows, grid, group, sizes) -> _Solution:
+    """Solves a block of n inputs given the feedback Σ e_k M_kj of all inputs before it (None: there are none).
+
+    w, feedback (n, out); upper (n, n) and pivots (n,): the block's part of the factor; rows: the grids, once known;
+    sizes: the nested block sizes below n.
+    """
+    n = w.shape[0]
+    if rows is None and n == group:
+        scale, zero = grids.fit(_compensated(w, feedback, upper), grid)
+        rows = _Rows(scale[None], zero[None], jnp.zeros(n, jnp.int32))
+        solution = _descend(w, feedback, upper, pivots, rows, grid, group, sizes)
+        return solution._replace(scales=rows.scales, zeros=rows.zeros)
+    if not sizes:
+        return _strip(w, feedback, upper, pivots, rows, grid)
+
+    size = sizes[0]
+    chunk = min(CHUNK, n)
+    padding = -n % chunk
+
+    def block(errors, start):
+        columns = lax.dynamic_slice_in_dim(jnp.pad(upper, ((0, padding), (0, 0))), start, size, axis=1)
+        sums = _earlier(columns, errors, start, chunk)
+        if feedback is not None:
+            sums += lax.dynamic_slice_in_dim(feedback, start, size)
+        part = rows and rows._replace(index=lax.dynamic_slice_in_dim(rows.index, start, size))
+        solution = _descend(
+            lax.dynamic_slice_in_dim(w, start, size),
+            sums,
+            lax.dynamic_slice_in_dim(columns, start, size),
+            lax.dynamic_slice_in_dim(pivots, start, size),
+            part,
+            grid,
+            group,
+            sizes[1:],
+        )
+        errors = lax.dynamic_update_slice_in_dim(errors, solution.errors, start, axis=0)
+        return errors, solution._replace(errors=None)
+
+    errors = jnp.zeros((n + padding, w.shape[1]), w.dtype)
+    errors, parts = lax.scan(block, errors, jnp.arange(0, n, size))
+    codes, scales, zeros = (part.reshape(-1, w.shape[1]) for part in (parts.codes, parts.scales, parts.zeros))
+    if rows is not None:
+        scales, zeros = rows.scales, rows.zeros
+    return _Solution(codes, scales, zeros, errors[:n], jnp.sum(parts.loss))
+
+
+def _earlier(columns, errors, start, chunk):
+    """Σ_{k < start} errors_k · columns_k for each column, as products of `chunk` rows; later errors are still zero."""
+
+    def product(i, sums):
+        errors_i = lax.dynamic_slice_in_dim(errors, i * chunk, chunk)
+        columns_i = lax.dynamic_slice_in_dim(columns, i * chunk, chunk)
+        return sums + jnp.dot(columns_i.T, errors_i, precision=HIGHEST)
+
+    zeros = jnp.zeros((columns.shape[1], errors.shape[1]), errors.dtype)
+    if errors.shape[0] == chunk:
+        return product(0, zeros)
+    return lax.fori_loop(0, (start + chunk - 1) // chunk, product, zeros)
+
+
+def _compensated(w, feedback, upper):
+    """The weights of a block as algorithm 1 holds them on reaching it: moved to make up, if left real, for all errors
+    so far. Feedback is in the basis of M, so w + M⁻ᵀ feedback."""
+    if feedback is None:
+        return w
+    return w + lax.linalg.triangular_solve(
+        upper, feedback, left_side=True, lower=False, transpose_a=True, unit_diagonal=True
+    )
+
+
+def _strip(w, feedback, upper, pivots, rows, grid) -> _Solution:
+    """The recursion itself, one input at a time."""
+    targets = w if feedback is None else w + feedback
+
+    def column(j, state):
+        errors, codes, loss = state
+        t = targets[j] + jnp.dot(upper[:, j], errors, precision=HIGHEST)
+        scale, zero = rows.scales[rows.index[j]], rows.zeros[rows.index[j]]
+        code = grids.encode(t, scale, zero, grid.max_code)
+        q = grids.decode(code, scale, zero)
+        return errors.at[j].set(w[j] - q), codes.at[j].set(code.astype(jnp.uint8)), loss + pivots[j] * (t - q) ** 2
+
+    start = (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8), jnp.zeros(w.shape[1], w.dtype))
+    errors, codes, loss = lax.fori_loop(0, w.shape[0], column, start)
+    return _Solution(codes, rows.scales[:0], rows.zeros[:0], errors, jnp.sum(loss))

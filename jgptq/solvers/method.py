@@ -1,0 +1,87 @@
+"""What every solver takes and gives: arrays in, a QuantizedTensor and an Info out."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jgptq import tensor
+from jgptq.grid import Grid, scales_at_limit
+from jgptq.hessian import Hessian, energy
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Info:
+    """What a solve cost, as scalars (arrays, so that it passes through jit and vmap).
+
+    loss: the solver's objective: mean squared output error summed over output features, damping included.
+    relative_error: output error energy over output energy, tr(ΔᵀHΔ) / tr(WᵀHW), without damping.
+    damp: damping used, in units of the mean diagonal; larger than asked for when the factorization failed there.
+    tokens: calibration tokens seen. dead_inputs: inputs that were always zero. failed: no sound factorization; the
+    codes mean nothing. scales_at_limit: scales that their dtype could not hold.
+    finite: whether weight and Hessian were finite.
+    """
+
+    loss: Any
+    relative_error: Any
+    damp: Any
+    tokens: Any
+    dead_inputs: Any
+    failed: Any
+    scales_at_limit: Any
+    finite: Any
+
+
+class Method(Protocol):
+    """A quantization method with its options, as a value: one row of METHODS."""
+
+    name: str
+
+    def solve(self, w: Array, hessian: Hessian, grid: Grid) -> tuple[tensor.QuantizedTensor, Info]:
+        """Solves one (in, out) weight; pure and traceable."""
+        ...
+
+
+def check_weight(w: Array) -> None:
+    if w.ndim != 2 or 0 in w.shape:
+        raise ValueError(f"w has shape {tuple(w.shape)}; give one nonempty (in, out) matrix, or jax.vmap over a stack")
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"w has dtype {w.dtype}; give a floating-point array")
+
+
+def check_hessian(w: Array, hessian: Hessian) -> None:
+    if hessian.total.ndim != 2 or hessian.in_features != w.shape[0]:
+        raise ValueError(
+            f"the Hessian is {tuple(hessian.total.shape)} but w has {w.shape[0]} inputs; "
+            f"accumulate inputs of this weight into init_hessian({w.shape[0]})"
+        )
+
+
+def make_info(
+    w: Float[Array, "in out"],
+    weight: tensor.QuantizedTensor,
+    hessian: Hessian,
+    *,
+    error: Array,
+    loss: Array,
+    damp: Array,
+    failed: Array,
+) -> Info:
+    """Completes an Info; `error` is tr(ΔᵀHΔ) for the undamped mean Hessian."""
+    h = hessian.mean()
+    output = energy(h, w)
+    # A weight of zeros, or inputs of zeros: no output to be wrong about.
+    relative = jnp.where(output > 0, jnp.maximum(error, 0.0) / jnp.where(output > 0, output, 1.0), 0.0)
+    return Info(
+        loss=loss,
+        relative_error=relative,
+        damp=damp,
+        tokens=hessian.tokens,
+        dead_inputs=jnp.sum(jnp.diagonal(h) <= 0),
+        failed=failed,
+        scales_at_limit=scales_at_limit(weight.scales),
+        finite=jnp.all(jnp.isfinite(w)) & jnp.all(jnp.isfinite(hessian.total)),
+    )

@@ -1,0 +1,51 @@
+"""Round to nearest: the baseline that looks at no data."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jgptq import grid as grids
+from jgptq import tensor
+from jgptq.grid import Grid
+from jgptq.hessian import Hessian, energy
+from jgptq.solvers.method import Info, check_hessian, check_weight, make_info
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RTN:
+    """The method value; it has no options."""
+
+    name: str = dataclasses.field(default="rtn", init=False)
+
+    def solve(self, w: Array, hessian: Hessian, grid: Grid) -> tuple[tensor.QuantizedTensor, Info]:
+        return rtn(w, grid, hessian=hessian)
+
+
+def rtn(
+    w: Float[Array, "in out"], grid: Grid, *, hessian: Hessian | None = None
+) -> tuple[tensor.QuantizedTensor, Info]:
+    """Rounds each weight to the nearest point of its group's min/max grid.
+
+    hessian: only to report the loss and relative output error; without it they are those of white inputs (H = I).
+    """
+    check_weight(w)
+    if hessian is None:
+        hessian = Hessian(jnp.eye(w.shape[0], dtype=jnp.float32), jnp.ones((), jnp.int32))
+    check_hessian(w, hessian)
+    return _rtn(w, hessian, grid)
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _rtn(w, hessian, grid):
+    dtype, w = w.dtype, w.astype(jnp.float32)
+    length = grid.group_length(w.shape[0])
+    scales, zeros = grids.fit_groups(w, grid)
+    index = jnp.arange(w.shape[0]) // length
+    codes = grids.encode(w, scales[index], zeros[index], grid.max_code)
+    weight = tensor.from_codes(codes.astype(jnp.uint8), scales, zeros, grid=grid, dtype=dtype)
+    error = energy(hessian.mean(), w - grids.decode(codes, scales[index], zeros[index]))
+    info = make_info(w, weight, hessian, error=error, loss=error, damp=jnp.zeros(()), failed=jnp.zeros((), bool))
+    return weight, info
