@@ -1,0 +1,73 @@
+"""LanguageModel: an architecture with its sizes, as a pure function of a parameter pytree and tokens."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Integer
+
+ParameterPath = tuple[str | int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a Hugging Face model_type stands for: a row of MODELS.
+
+    parse_config: config.json as a dict -> the architecture's config, a frozen dataclass with
+        `vocab_size`, `max_position_embeddings`, `bos_token_id`, `eos_token_id` and `to_dict()`; ValueError if it
+        cannot be built.
+    build: (config, rngs) -> the Flax NNX module, randomly initialized; called as module(tokens) -> logits.
+    tensor_name: a parameter's path -> (name in the checkpoint, whether it is stored transposed).
+    unused: regular expressions, matched in full, of checkpoint tensors that carry nothing the module needs.
+    """
+
+    model_type: str
+    parse_config: Callable[[Mapping[str, Any]], Any]
+    build: Callable[[Any, nnx.Rngs], nnx.Module]
+    tensor_name: Callable[[ParameterPath], tuple[str, bool]]
+    unused: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A causal language model without its parameters: hashable, and usable as a constant inside `jax.jit`.
+
+    Parameters are nested dicts of arrays, layer indices as int keys. Any linear kernel may be a QuantizedTensor.
+    source: the directory it was loaded from, where its tokenizer lies; not part of equality.
+    """
+
+    architecture: Architecture
+    config: Any
+    source: Path | None = dataclasses.field(default=None, compare=False)
+
+    def apply(self, params: Mapping, tokens: Integer[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
+        """Logits, float32, of the token after each position. Pure: jit it, differentiate it, vmap it."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens are {tokens.dtype}{list(tokens.shape)}; give integers of shape (batch, seq), "
+                "a single sequence as tokens[None, :]"
+            )
+        return nnx.merge(self._graph_and_shapes[0], params)(tokens)
+
+    def init(self, key: Array) -> dict:
+        """Random float32 parameters: normal with the config's initializer_range, norms 1, biases 0."""
+        return jax.jit(lambda key: _parameters(self.architecture.build(self.config, nnx.Rngs(params=key))))(key)
+
+    @property
+    def parameter_shapes(self) -> dict:
+        """The parameter tree with a jax.ShapeDtypeStruct for every leaf; nothing is allocated."""
+        return jax.tree.map(lambda leaf: leaf, self._graph_and_shapes[1])
+
+    @functools.cached_property
+    def _graph_and_shapes(self) -> tuple[nnx.GraphDef, dict]:
+        module = nnx.eval_shape(lambda: self.architecture.build(self.config, nnx.Rngs(params=0)))
+        return nnx.graphdef(module), _parameters(module)
+
+
+def _parameters(module: nnx.Module) -> dict:
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
