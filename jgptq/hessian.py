@@ -58,9 +58,7 @@ def _update(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
     if rows.dtype not in (jnp.bfloat16, jnp.float16):
         rows = rows.astype(jnp.float32)
     # Products of two bf16 or fp16 numbers are exact in float32, so narrow inputs need no widening first.
-    gram = lax.dot_general(
-        rows, rows, (((0,), (0,)), ((), ())), precision=HIGHEST, preferred_element_type=jnp.float32
-    )
+    gram = lax.dot_general(rows, rows, (((0,), (0,)), ((), ())), precision=HIGHEST, preferred_element_type=jnp.float32)
     return Hessian(hessian.total + gram, hessian.tokens + rows.shape[0])
 
 

@@ -108,14 +108,10 @@ def _gptq(w, hessian, grid, act_order, damp, block_size):
         permutation = jnp.argsort(groups, stable=True).astype(jnp.int32)
         codes = codes[permutation]
     groups = -(-in_features // grid.group_length(in_features))
-    weight = tensor.from_codes(
-        codes, scales[:groups], zeros[:groups], grid=grid, permutation=permutation, dtype=dtype
-    )
+    weight = tensor.from_codes(codes, scales[:groups], zeros[:groups], grid=grid, permutation=permutation, dtype=dtype)
     # The loss is that of the damped Hessian; what was added to its diagonal comes off again.
     error = solution.loss - jnp.sum(factored.added * jnp.sum(solution.errors**2, axis=1))
-    info = make_info(
-        w, weight, hessian, error=error, loss=solution.loss, damp=factored.damp, failed=factored.failed
-    )
+    info = make_info(w, weight, hessian, error=error, loss=solution.loss, damp=factored.damp, failed=factored.failed)
     return weight, info
 
 
