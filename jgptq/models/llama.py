@@ -34,7 +34,7 @@ class LlamaConfig:
     head_dim: int | None = None
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
-    rope: rotary.Rope = rotary.Rope()
+    rope: rotary.Rope = dataclasses.field(default_factory=rotary.Rope)
     hidden_act: str = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False

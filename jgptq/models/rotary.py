@@ -62,7 +62,8 @@ class Rope:
         needed = NEEDED.get(rope_type, ())
         if missing := [name for name in needed if given.get(name) is None]:
             raise ValueError(f"rope_type {rope_type!r} needs {list(needed)} in config.json; {missing} is missing")
-        given = {"original_max_position_embeddings": max_length, **given}
+        original = given.get("original_max_position_embeddings") or max_length
+        given = {**given, "original_max_position_embeddings": original}
         read = {name: given.get(NAMES.get(name, name)) for name in (*needed, *OPTIONAL.get(rope_type, ()))}
         read["theta"] = given.get("rope_theta") or config.get("rope_theta")
         return cls(rope_type=rope_type, **{name: value for name, value in read.items() if value is not None})

@@ -1,0 +1,7 @@
+"""Model directories in Hugging Face's layout, float or packed."""
+
+from jgptq.checkpoints.formats import FORMATS
+from jgptq.checkpoints.layout import ExpectedTensor, Format
+from jgptq.checkpoints.reading import load
+
+__all__ = ["FORMATS", "ExpectedTensor", "Format", "load"]

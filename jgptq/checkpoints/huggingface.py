@@ -1,0 +1,124 @@
+"""A Hugging Face model directory: config.json and safetensors files, checked before anything is read from them.
+
+Nothing but JSON and safetensors is opened: no pickle, no code.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jax  # noqa: F401  (teaches NumPy the name "bfloat16", which safetensors asks it for)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where a tensor lies, and what its file's header says of it; dtype in safetensors' names ("F32", "BF16")."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An open model directory; `tensors` come from the files' headers alone."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    quantization: Mapping[str, Any] | None
+    tensors: Mapping[str, StoredTensor]
+
+    def read(self, name: str) -> np.ndarray:
+        with safe_open(self.tensors[name].file, framework="numpy") as file:
+            return file.get_tensor(name)
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Reads the JSON and the safetensors headers of a model directory.
+
+    `quantization` is config.json's quantization_config, or quantize_config.json as older writers left it.
+    Raises FileNotFoundError for what is missing and ValueError for what is broken, each naming the file.
+    """
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} has no config.json; give a Hugging Face model directory")
+    config = read_json(directory / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization is None and (directory / "quantize_config.json").is_file():
+        quantization = read_json(directory / "quantize_config.json")
+    return Checkpoint(directory=directory, config=config, quantization=quantization, tensors=_stored_tensors(directory))
+
+
+def locate(path: str | Path) -> Path:
+    """The directory `path` names; an `owner/name` that is no directory is fetched from the Hugging Face hub."""
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists() or not HUB_ID.fullmatch(str(path)):
+        raise FileNotFoundError(f"{path} is not a directory; give a model directory, or a hub id such as owner/name")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"{path} is not a directory; to fetch it from the hub, pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+    except Exception as error:  # The hub's client passes on whatever its HTTP library raises.
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"{path} is not a directory, and fetching it from the hub failed: {reason or type(error).__name__}"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # Bad UTF-8 as well as bad JSON.
+        raise ValueError(f"{file} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a JSON {type(content).__name__}; it must hold an object")
+    return content
+
+
+def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    if (directory / WEIGHTS).is_file():
+        return _header(directory / WEIGHTS)
+    if not (directory / INDEX).is_file():
+        others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
+        found = f" (found {', '.join(others)}, but only safetensors is read)" if others else ""
+        raise FileNotFoundError(f"{directory} has neither {WEIGHTS} nor {INDEX}{found}")
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{directory / INDEX} has no weight_map from tensor names to file names")
+    headers = {}
+    for shard in sorted(set(weight_map.values())):
+        name = PurePosixPath(shard)
+        if name.is_absolute() or ".." in name.parts or "\\" in shard or name.suffix != ".safetensors":
+            raise ValueError(f"{directory / INDEX} names {shard!r}; a shard must be a .safetensors file beside it")
+        if not (directory / shard).is_file():
+            raise FileNotFoundError(f"{directory / INDEX} names {shard}, which is missing; fetch it again")
+        headers[shard] = _header(directory / shard)
+    return {name: headers[shard][name] for name, shard in weight_map.items() if name in headers[shard]}
+
+
+def _header(file: Path) -> dict[str, StoredTensor]:
+    """What a safetensors file holds; safetensors checks that sizes, offsets and the file's length agree."""
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            views = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+            return {
+                name: StoredTensor(file=file, shape=tuple(view.get_shape()), dtype=view.get_dtype())
+                for name, view in views.items()
+            }
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error

@@ -1,0 +1,150 @@
+"""load: a model directory, float or packed, to a LanguageModel and its parameters."""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jgptq.checkpoints import huggingface
+from jgptq.checkpoints.formats import FORMATS
+from jgptq.checkpoints.layout import ExpectedTensor, Format
+from jgptq.models import MODELS, LanguageModel
+from jgptq.tensor import QuantizedTensor
+
+FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+def load(path: str | Path, *, dtype: Any | None = None) -> tuple[LanguageModel, dict]:
+    """The model in a Hugging Face directory (or hub id), and its parameters.
+
+    Packed weights come back as QuantizedTensors, bit for bit as stored. dtype: of float parameters and of the
+    arrays that packed ones stand for; None: as stored (float64, which JAX does not have by default, as float32).
+
+    Everything is checked against the architecture before anything is read: FileNotFoundError or ValueError in one
+    line, all missing and misshapen tensors at once. Tensors the model has no place for are named in a UserWarning.
+    """
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise ValueError(f"dtype={dtype!r}; give a floating-point dtype, or None to keep what is stored")
+    checkpoint = huggingface.open_checkpoint(huggingface.locate(path))
+    model = _model(checkpoint)
+    packing, settings = _format(checkpoint)
+    plans = jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: _plan(checkpoint, model, packing, settings, keys, leaf.shape), model.parameter_shapes
+    )
+    _check(checkpoint, jax.tree.leaves(plans))
+    _warn_of_unused(checkpoint, model, jax.tree.leaves(plans))
+    stored_dtype = _stored_dtype(checkpoint)
+    return model, jax.tree.map(lambda plan: _read(checkpoint, plan, packing, settings, dtype, stored_dtype), plans)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """How one parameter is read: `tensors` are what the checkpoint must hold for it, by full name."""
+
+    module: str
+    packed: bool
+    transposed: bool
+    tensors: dict[str, ExpectedTensor]
+
+
+def _model(checkpoint: huggingface.Checkpoint) -> LanguageModel:
+    where, model_type = checkpoint.directory / "config.json", checkpoint.config.get("model_type")
+    if model_type not in MODELS:
+        raise ValueError(f"{where}: model_type={model_type!r} is not supported; known are {list(MODELS)}")
+    architecture = MODELS[model_type]
+    try:
+        config = architecture.parse_config(checkpoint.config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return LanguageModel(architecture=architecture, config=config, source=checkpoint.directory)
+
+
+def _format(checkpoint: huggingface.Checkpoint) -> tuple[Format | None, Any]:
+    if checkpoint.quantization is None:
+        return None, None
+    name = checkpoint.quantization.get("quant_method", "gptq")
+    if name not in FORMATS:
+        raise ValueError(f"{checkpoint.directory}: quant_method={name!r} is not supported; known are {list(FORMATS)}")
+    try:
+        return FORMATS[name], FORMATS[name].parse(checkpoint.quantization)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.directory}: {error}") from error
+
+
+def _stored_dtype(checkpoint: huggingface.Checkpoint) -> Any | None:
+    """The dtype config.json gives the model; None where it gives none that is a dtype of arrays."""
+    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return name if name in ("float16", "bfloat16", "float32") else None
+
+
+def _plan(
+    checkpoint: huggingface.Checkpoint,
+    model: LanguageModel,
+    packing: Format | None,
+    settings: Any,
+    keys: Sequence[Any],
+    shape: tuple[int, ...],
+) -> _Plan:
+    name, transposed = model.architecture.tensor_name(tuple(key.key for key in keys))
+    module = name.rpartition(".")[0]
+    packed = packing is not None and keys[-1].key == "kernel" and f"{module}.{packing.marker}" in checkpoint.tensors
+    if packed:
+        parts = packing.expected(settings, module, *shape)
+        tensors = {f"{module}.{part}": wanted for part, wanted in parts.items()}
+    else:
+        tensors = {name: ExpectedTensor(shape=shape[::-1] if transposed else shape, dtypes=FLOATS)}
+    return _Plan(module=module, packed=packed, transposed=transposed, tensors=tensors)
+
+
+def _check(checkpoint: huggingface.Checkpoint, plans: Sequence[_Plan]) -> None:
+    problems = []
+    for plan in plans:
+        for name, wanted in plan.tensors.items():
+            stored = checkpoint.tensors.get(name)
+            if stored is None:
+                problems.append(f"{name} is missing")
+            elif stored.shape != wanted.shape:
+                problems.append(f"{name} has shape {list(stored.shape)}, not {list(wanted.shape)}")
+            elif stored.dtype not in wanted.dtypes:
+                problems.append(f"{name} has dtype {stored.dtype}, not {' or '.join(wanted.dtypes)}")
+    if problems:
+        raise ValueError(f"{checkpoint.directory} does not fit its config.json: {'; '.join(problems)}")
+
+
+def _warn_of_unused(checkpoint: huggingface.Checkpoint, model: LanguageModel, plans: Sequence[_Plan]) -> None:
+    used = {name for plan in plans for name in plan.tensors}
+    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in model.architecture.unused) or r"(?!)")
+    unused = [name for name in sorted(checkpoint.tensors) if name not in used and not ignored.fullmatch(name)]
+    if unused:
+        warnings.warn(
+            f"{checkpoint.directory}: {len(unused)} tensors are not used by a {model.architecture.model_type}: "
+            f"{', '.join(unused[:8])}{', …' if len(unused) > 8 else ''}",
+            stacklevel=3,
+        )
+
+
+def _read(
+    checkpoint: huggingface.Checkpoint,
+    plan: _Plan,
+    packing: Format | None,
+    settings: Any,
+    dtype: Any | None,
+    stored_dtype: Any | None,
+) -> jax.Array | QuantizedTensor:
+    arrays = {name.rpartition(".")[2]: checkpoint.read(name) for name in plan.tensors}
+    if not plan.packed:
+        (array,) = arrays.values()
+        if array.dtype == np.float64:
+            array = array.astype(np.float32)
+        return jnp.asarray(array.T if plan.transposed else array, dtype)
+    try:
+        weight = packing.decode(settings, plan.module, arrays, stored_dtype)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.directory}: {error}") from error
+    return weight if dtype is None else dataclasses.replace(weight, dtype=jnp.dtype(dtype))
