@@ -3,5 +3,6 @@
 from jgptq.checkpoints.formats import FORMATS
 from jgptq.checkpoints.layout import ExpectedTensor, Format
 from jgptq.checkpoints.reading import load
+from jgptq.checkpoints.writing import save
 
-__all__ = ["FORMATS", "ExpectedTensor", "Format", "load"]
+__all__ = ["FORMATS", "ExpectedTensor", "Format", "load", "save"]
