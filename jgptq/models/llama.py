@@ -157,8 +157,9 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.model = LlamaDecoder(config, rngs=rngs)
-        self.lm_head = None
-        if not config.tie_word_embeddings:
+        if config.tie_word_embeddings:
+            self.lm_head = None
+        else:
             self.lm_head = layers.Linear(
                 config.hidden_size, config.vocab_size, bias=False, std=config.initializer_range, rngs=rngs
             )
