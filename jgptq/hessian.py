@@ -34,7 +34,7 @@ class Hessian:
 
 def init_hessian(in_features: int) -> Hessian:
     """A Hessian that has seen no token, for inputs of `in_features` features."""
-    if not isinstance(in_features, int) or in_features < 1:
+    if not isinstance(in_features, int) or isinstance(in_features, bool) or in_features < 1:
         raise ValueError(f"in_features={in_features!r}; give the weight's number of inputs, a positive integer")
     return Hessian(jnp.zeros((in_features, in_features), jnp.float32), jnp.zeros((), jnp.int32))
 
@@ -44,6 +44,8 @@ def update_hessian(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
 
     NaN or infinity in x stays visible as NaN or infinity in the sum.
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x has dtype {x.dtype}; give the layer's floating-point inputs")
     if x.ndim < 1 or x.shape[-1] != hessian.in_features:
         raise ValueError(
             f"x has {x.shape[-1] if x.ndim else 0} features in its last axis, but this Hessian was made for "
@@ -83,7 +85,7 @@ class Factor(NamedTuple):
     failed: Bool[Array, ""]
 
 
-# Past this multiple of the mean diagonal the factor is of the damping, not of the data.
+# The largest damping tried: past this multiple of the mean diagonal the factor is of the damping, not of the data.
 MAX_DAMP = 10.0
 
 
@@ -102,25 +104,22 @@ def factor(h: Float[Array, "in in"], damp: Float[Array, ""] | float) -> Factor:
     undamped = h + jnp.diag(revived)
     eye = jnp.eye(h.shape[0], dtype=h.dtype)
 
-    def attempt(damp):
+    def attempt(state):
+        damp, *_ = state
         # The Cholesky factor of the matrix read backwards is the upper-triangular factor of the matrix itself.
         lower = lax.linalg.cholesky((undamped + damp * scale * eye)[::-1, ::-1], symmetrize_input=False)
         upper = lower[::-1, ::-1]
         root = jnp.diagonal(upper)
         pivots = root * root
         sound = jnp.all(jnp.isfinite(upper)) & jnp.all(pivots > 0.5 * damp * scale) & jnp.all(pivots > 0)
-        return upper / root, pivots, sound
-
-    def grow(state):
-        damp = jnp.maximum(state[0] * 10.0, 1e-4)
-        return (damp, *attempt(damp))
+        return jnp.where(sound, damp, jnp.maximum(10.0 * damp, 1e-4)), upper / root, pivots, sound
 
     def unsound(state):
         damp, *_, sound = state
-        return ~sound & (damp < MAX_DAMP)
+        return ~sound & (damp <= MAX_DAMP)
 
-    start = jnp.asarray(damp, jnp.float32)
-    damp, upper, pivots, sound = lax.while_loop(unsound, grow, (start, *attempt(start)))
+    start = (jnp.asarray(damp, jnp.float32), jnp.zeros_like(h), jnp.zeros_like(diagonal), jnp.zeros((), bool))
+    damp, upper, pivots, sound = lax.while_loop(unsound, attempt, start)
     return Factor(upper, pivots, revived + damp * scale, damp, ~sound)
 
 

@@ -1,0 +1,120 @@
+"""Runs of equations as compiled programs; runs of equal text share one."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+
+from jgptq.tracing.graph import Graph, called_jaxpr
+
+
+class Program:
+    """A closed run of equations. Programs that read alike are equal, whatever their variables, and compile once."""
+
+    def __init__(self, inputs: list[jex.Var], outputs: list[jex.Var], equations: list[jex.JaxprEqn]):
+        self.jaxpr = jex.Jaxpr((), inputs, outputs, equations)
+        # Objects the text knows only by identity live as long as the jaxpr, so no other can take their place.
+        self.text = _jaxpr_text(self.jaxpr)
+        self._hash = hash(self.text)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Program) and self.text == other.text
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(program: Program, arguments: list[Any]) -> list[Any]:
+    """The program's outputs. Arguments are not donated: some are the caller's own arrays."""
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(program.jaxpr, ()))(*arguments)
+
+
+class Segment(NamedTuple):
+    """A program with the graph's variables that go in and come out; leaves among the inputs are parameters."""
+
+    program: Program
+    inputs: list[jex.Var]
+    outputs: list[jex.Var]
+
+
+def segment(graph: Graph, start: int, stop: int, live: set[jex.Var]) -> Segment:
+    """Equations start .. stop of a graph, giving those of their results that are in `live`.
+
+    Views of a leaf are made again in each segment that uses them, so that a leaf may be replaced in between.
+    """
+    body = [e for e in graph.equations[start:stop] if not any(var in graph.leaf_views for var in e.outvars)]
+    used = [atom for equation in body for atom in equation.invars if isinstance(atom, jex.Var)]
+    # A view that is itself wanted later (an output of the function) is made here too.
+    made_here = [v for v, (_, position) in graph.leaf_views.items() if start <= position < stop and v in live]
+    positions: set[int] = set()
+    pending = [var for var in (*used, *made_here) if var in graph.leaf_views]
+    while pending:
+        position = graph.leaf_views[pending.pop()][1]
+        if position not in positions:
+            positions.add(position)
+            pending += [atom for atom in graph.equations[position].invars if atom in graph.leaf_views]
+    equations = [graph.equations[position] for position in sorted(positions)] + body
+
+    defined: set[jex.Var] = set()
+    inputs: dict[jex.Var, None] = {}
+    for equation in equations:
+        for atom in equation.invars:
+            if isinstance(atom, jex.Var) and atom not in defined:
+                inputs[atom] = None
+        defined.update(equation.outvars)
+    outputs = [var for equation in equations for var in equation.outvars if var in live]
+    return Segment(Program(list(inputs), outputs, equations), list(inputs), outputs)
+
+
+def _jaxpr_text(jaxpr: jex.Jaxpr, consts: tuple = ()) -> tuple:
+    """A hashable transcript of a jaxpr in which variables are numbered in order of appearance."""
+    numbers: dict[jex.Var, int] = {}
+
+    def name(atom):
+        if isinstance(atom, jex.Literal):
+            return ("literal", _value_text(atom.val), atom.aval)
+        return numbers.setdefault(atom, len(numbers))
+
+    inputs = tuple((name(var), var.aval) for var in (*jaxpr.constvars, *jaxpr.invars))
+    lines = tuple(
+        (
+            equation.primitive,
+            _params_text(equation),
+            tuple(name(atom) for atom in equation.invars),
+            tuple((name(var), var.aval) for var in equation.outvars),
+        )
+        for equation in jaxpr.eqns
+    )
+    return (inputs, tuple(_value_text(c) for c in consts), lines, tuple(name(atom) for atom in jaxpr.outvars))
+
+
+def _params_text(equation: jex.JaxprEqn) -> Any:
+    called = called_jaxpr(equation)
+    if called is not None:  # its derivative rules, fresh objects in every trace, do not matter here
+        return _value_text(called)
+    return tuple((key, _value_text(equation.params[key])) for key in sorted(equation.params))
+
+
+def _value_text(value: Any) -> Any:
+    if isinstance(value, jex.ClosedJaxpr):
+        return _jaxpr_text(value.jaxpr, tuple(value.consts))
+    if isinstance(value, jex.Jaxpr):
+        return _jaxpr_text(value)
+    if isinstance(value, tuple | list):
+        return tuple(_value_text(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _value_text(value[key])) for key in sorted(value))
+    if isinstance(value, np.ndarray | np.generic):
+        return (value.shape, str(value.dtype), value.tobytes())
+    if isinstance(value, jax.Array):
+        return ("array", id(value))
+    if isinstance(value, bool | int | float | complex):
+        return (type(value), repr(value))  # repr tells 0.0 from -0.0 and gives nan an equal
+    try:
+        hash(value)
+    except TypeError:
+        return ("object", id(value))
+    return value
