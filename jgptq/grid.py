@@ -32,12 +32,15 @@ class Grid:
     scale_dtype: str = "float16"
 
     def __post_init__(self):
-        if self.bits not in BITS:
+        if not isinstance(self.bits, int) or self.bits not in BITS:
             raise ValueError(f"bits={self.bits!r}; choose one of {BITS}")
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+        whole = isinstance(self.group_size, int) and not isinstance(self.group_size, bool)
+        if self.group_size is not None and (not whole or self.group_size < 1):
             raise ValueError(
                 f"group_size={self.group_size!r}; give a positive integer, or None for one group an output feature"
             )
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric={self.symmetric!r}; choose True or False")
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype={self.scale_dtype!r}; choose one of {SCALE_DTYPES}")
 

@@ -52,12 +52,13 @@ def unpack(words: UInt32[Array, "*batch words out"], bits: int, length: int) -> 
         words = jnp.concatenate([words, jnp.zeros((*batch, blocks * period_words - count, out), jnp.uint32)], axis=-2)
     words = words.reshape(*batch, blocks, period_words, out)
     offsets = [divmod(k * bits, 32) for k in range(period)]
-    shifts = jnp.array([shift for _, shift in offsets], jnp.uint32)[:, None]
+    per_code = (1,) * (len(batch) + 1) + (period, 1)
+    shifts = jnp.array([shift for _, shift in offsets], jnp.uint32).reshape(per_code)
     # With one word a period the low parts are a broadcast, which XLA fuses into whatever reads the codes.
     low = words if period_words == 1 else words[..., jnp.array([word for word, _ in offsets]), :]
     codes = low >> shifts
     if period_words > 1:
-        straddles = jnp.array([shift + bits > 32 for _, shift in offsets])[:, None]
+        straddles = jnp.array([shift + bits > 32 for _, shift in offsets]).reshape(per_code)
         following = jnp.array([min(word + 1, period_words - 1) for word, _ in offsets])
         codes |= jnp.where(straddles, words[..., following, :] << ((32 - shifts) % 32), jnp.uint32(0))
     codes = codes & jnp.uint32(2**bits - 1)

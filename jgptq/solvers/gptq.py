@@ -23,7 +23,7 @@ from jgptq import grid as grids
 from jgptq import tensor
 from jgptq.grid import Grid
 from jgptq.hessian import HIGHEST, Hessian, factor
-from jgptq.solvers.method import Info, check_hessian, check_weight, make_info
+from jgptq.solvers.method import Info, check_damp, check_hessian, check_weight, make_info
 
 ActOrder = Literal[False, True, "static", "group"]
 ACT_ORDERS = (False, True, "static", "group")
@@ -71,12 +71,12 @@ def gptq(
     """
     check_weight(w)
     check_hessian(w, hessian)
-    if act_order not in ACT_ORDERS:
+    # 0 and 1 equal False and True, but are not them.
+    if not isinstance(act_order, bool | str) or act_order not in ACT_ORDERS:
         raise ValueError(f"act_order={act_order!r}; choose one of {ACT_ORDERS}")
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size={block_size!r}; give a positive integer")
-    if isinstance(damp, int | float) and not 0 <= damp < float("inf"):
-        raise ValueError(f"damp={damp!r}; give a number from 0, in units of the Hessian's mean diagonal")
+    check_damp(damp)
     return _gptq(w, hessian, grid, act_order, damp, block_size)
 
 
@@ -99,7 +99,7 @@ def _gptq(w, hessian, grid, act_order, damp, block_size):
     solution = _descend(padded_w, None, factored.upper, factored.pivots, rows, grid, plan.group, plan.sizes)
 
     codes = jnp.zeros((in_features, w.shape[1]), jnp.uint8).at[order.inputs].set(solution.codes, mode="drop")
-    scales, zeros, permutation = solution.scales, solution.zeros, None
+    scales, zeros, permutation = (rows or solution).scales, (rows or solution).zeros, None
     if act_order == "group":
         reached = order.groups[:: plan.group]
         scales, zeros = jnp.zeros_like(scales).at[reached].set(scales), jnp.zeros_like(zeros).at[reached].set(zeros)
@@ -182,7 +182,7 @@ class _Rows(NamedTuple):
 
 class _Solution(NamedTuple):
     codes: Array  # (n, out) uint8
-    scales: Array  # (groups, out)
+    scales: Array  # (groups, out): of the groups fitted in this block; none where the grids were given
     zeros: Array  # (groups, out)
     errors: Array  # (n, out): w - q
     loss: Array  # ()
@@ -229,8 +229,6 @@ def _descend(w, feedback, upper, pivots, rows, grid, group, sizes) -> _Solution:
     errors = jnp.zeros((n + padding, w.shape[1]), w.dtype)
     errors, parts = lax.scan(block, errors, jnp.arange(0, n, size))
     codes, scales, zeros = (part.reshape(-1, w.shape[1]) for part in (parts.codes, parts.scales, parts.zeros))
-    if rows is not None:
-        scales, zeros = rows.scales, rows.zeros
     return _Solution(codes, scales, zeros, errors[:n], jnp.sum(parts.loss))
 
 

@@ -53,11 +53,21 @@ def check_weight(w: Array) -> None:
 
 
 def check_hessian(w: Array, hessian: Hessian) -> None:
+    if not isinstance(hessian, Hessian):
+        raise TypeError(
+            f"hessian is a {type(hessian).__name__}; give what init_hessian({w.shape[0]}) and update_hessian return"
+        )
     if hessian.total.ndim != 2 or hessian.in_features != w.shape[0]:
         raise ValueError(
             f"the Hessian is {tuple(hessian.total.shape)} but w has {w.shape[0]} inputs; "
             f"accumulate inputs of this weight into init_hessian({w.shape[0]})"
         )
+
+
+def check_damp(damp: Any) -> None:
+    """A traced damp passes: only its value could tell."""
+    if isinstance(damp, int | float) and not 0 <= damp < float("inf"):
+        raise ValueError(f"damp={damp!r}; give a number from 0, in units of the Hessian's mean diagonal")
 
 
 def make_info(
@@ -73,8 +83,8 @@ def make_info(
     """Completes an Info; `error` is tr(ΔᵀHΔ) for the undamped mean Hessian."""
     h = hessian.mean()
     output = energy(h, w)
-    # A weight of zeros, or inputs of zeros: no output to be wrong about.
-    relative = jnp.where(output > 0, jnp.maximum(error, 0.0) / jnp.where(output > 0, output, 1.0), 0.0)
+    # A weight of zeros, or inputs of zeros: no output to be wrong about. NaN stays NaN.
+    relative = jnp.where(output == 0, 0.0, jnp.maximum(error, 0.0) / jnp.where(output == 0, 1.0, output))
     return Info(
         loss=loss,
         relative_error=relative,

@@ -16,7 +16,7 @@ from jgptq import grid as grids
 from jgptq import tensor
 from jgptq.grid import Grid
 from jgptq.hessian import Hessian, energy, factor
-from jgptq.solvers.method import Info, check_hessian, check_weight, make_info
+from jgptq.solvers.method import Info, check_damp, check_hessian, check_weight, make_info
 
 # Output features solved at once; each holds an inverse of in² numbers.
 ROWS = 32
@@ -43,6 +43,7 @@ def obq(
     """
     check_weight(w)
     check_hessian(w, hessian)
+    check_damp(damp)
     return _obq(w, hessian, grid, damp)
 
 
