@@ -112,7 +112,7 @@ def factor(h: Float[Array, "in in"], damp: Float[Array, ""] | float) -> Factor:
         root = jnp.diagonal(upper)
         pivots = root * root
         sound = jnp.all(jnp.isfinite(upper)) & jnp.all(pivots > 0.5 * damp * scale) & jnp.all(pivots > 0)
-        return jnp.where(sound, damp, jnp.maximum(10.0 * damp, 1e-4)), upper / root, pivots, sound
+        return jnp.where(sound, damp, jnp.maximum(10.0 * damp, 1e-4)), upper / root[None, :], pivots, sound
 
     def unsound(state):
         damp, *_, sound = state

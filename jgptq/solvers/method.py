@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jgptq import tensor
 from jgptq.grid import Grid, scales_at_limit
-from jgptq.hessian import Hessian, energy
+from jgptq.hessian import MAX_DAMP, Hessian, energy
 
 
 @jax.tree_util.register_dataclass
@@ -66,8 +66,8 @@ def check_hessian(w: Array, hessian: Hessian) -> None:
 
 def check_damp(damp: Any) -> None:
     """A traced damp passes: only its value could tell."""
-    if isinstance(damp, int | float) and not 0 <= damp < float("inf"):
-        raise ValueError(f"damp={damp!r}; give a number from 0, in units of the Hessian's mean diagonal")
+    if isinstance(damp, int | float) and not 0 <= damp <= MAX_DAMP:
+        raise ValueError(f"damp={damp!r}; give a number from 0 to {MAX_DAMP}, in units of the Hessian's mean diagonal")
 
 
 def make_info(
