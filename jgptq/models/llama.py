@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer
 
 from jgptq.models import layers, rotary
+from jgptq.models.json_fields import read_fields
 from jgptq.models.language_model import Architecture, ParameterPath
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -74,9 +75,7 @@ class LlamaConfig:
         if missing := [name for name in SIZES if config.get(name) is None]:
             raise ValueError(f"config.json of a llama needs {list(SIZES)}; {missing} is missing")
         plain = [field.name for field in dataclasses.fields(cls) if field.name != "rope"]
-        options = {name: config[name] for name in plain if config.get(name) is not None}
-        if isinstance(options.get("eos_token_id"), list):
-            options["eos_token_id"] = tuple(options["eos_token_id"])
+        options = read_fields(cls, config, plain)
         max_length = options.get("max_position_embeddings", cls.max_position_embeddings)
         return cls(**options, rope=rotary.Rope.from_config(config, max_length))
 

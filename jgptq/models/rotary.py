@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jgptq.models.json_fields import read_fields
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -62,11 +64,11 @@ class Rope:
         needed = NEEDED.get(rope_type, ())
         if missing := [name for name in needed if given.get(name) is None]:
             raise ValueError(f"rope_type {rope_type!r} needs {list(needed)} in config.json; {missing} is missing")
-        original = given.get("original_max_position_embeddings") or max_length
-        given = {**given, "original_max_position_embeddings": original}
-        read = {name: given.get(NAMES.get(name, name)) for name in (*needed, *OPTIONAL.get(rope_type, ()))}
+        read = {field: given.get(NAMES.get(field, field)) for field in (*needed, *OPTIONAL.get(rope_type, ()))}
         read["theta"] = given.get("rope_theta") or config.get("rope_theta")
-        return cls(rope_type=rope_type, **{name: value for name, value in read.items() if value is not None})
+        if "original_length" in read:
+            read["original_length"] = read["original_length"] or max_length
+        return cls(rope_type=rope_type, **read_fields(cls, read, read))
 
     def to_config(self) -> dict[str, Any]:
         """The `rope_parameters` object that `from_config` reads back."""
