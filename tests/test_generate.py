@@ -1,0 +1,136 @@
+"""Greedy generation against transformers' PyTorch model; laws of sampling on a model with known probabilities."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jgptq.generate import draw_token, generate
+
+STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "stories260K"
+VOCAB, CONTEXT = 7, 160
+
+
+class Bigram:
+    """The next token's logits are the row of a table that the last token points to."""
+
+    def __init__(self):
+        self.config = SimpleNamespace(vocab_size=VOCAB, max_position_embeddings=CONTEXT)
+        self.traces = 0
+
+    def apply(self, params, tokens):
+        self.traces += 1
+        return params[tokens]
+
+
+@pytest.fixture
+def table():
+    return jax.random.normal(jax.random.key(0), (VOCAB, VOCAB))
+
+
+def test_greedy_follows_the_most_likely_token(table):
+    expected = [2, 5]
+    for _ in range(20):
+        expected.append(int(np.argmax(table[expected[-1]])))
+    assert generate(Bigram(), table, [2, 5], max_new_tokens=20).tolist() == expected
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the small real models are not here")
+def test_greedy_equals_pytorch_on_a_real_model():
+    import torch
+    import transformers
+
+    from jgptq.checkpoints import load
+
+    prompt = [1, *np.random.default_rng(0).integers(3, 512, 6).tolist()]
+    with torch.no_grad():
+        torch_model = transformers.LlamaForCausalLM.from_pretrained(STORIES)
+        expected = torch_model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, 7), max_new_tokens=90, do_sample=False, eos_token_id=2
+        )
+    model, params = load(STORIES)
+    assert generate(model, params, prompt, max_new_tokens=90, stop_token_ids=[2]).tolist() == expected[0].tolist()
+
+
+def test_one_program_serves_prompts_of_similar_length(table):
+    model = Bigram()
+    for length in (3, 10, 20):
+        generate(model, table, [1] * length, max_new_tokens=12)
+    assert model.traces == 1
+
+
+def test_generation_ends_with_the_first_stop_token():
+    cycle = jnp.eye(VOCAB)[(jnp.arange(VOCAB) + 1) % VOCAB]  # 0 1 2 3 4 5 6 0 1 ...
+    assert generate(Bigram(), cycle, [0], stop_token_ids=[6, 3]).tolist() == [0, 1, 2, 3]
+    assert generate(Bigram(), cycle, [3], max_new_tokens=2, stop_token_ids=[3]).tolist() == [3, 4, 5]
+
+
+def test_the_context_can_be_filled_to_the_last_token(table):
+    assert len(generate(Bigram(), table, [1] * 100, max_new_tokens=CONTEXT - 100)) == CONTEXT
+    assert generate(Bigram(), table, [1, 2], max_new_tokens=0).tolist() == [1, 2]
+
+
+def test_the_most_likely_token_alone_is_greedy(table):
+    greedy = generate(Bigram(), table, [0], max_new_tokens=30).tolist()
+    for options in ({"top_k": 1}, {"top_p": 1e-6}):
+        key = jax.random.key(3)
+        sampled = generate(Bigram(), table, [0], max_new_tokens=30, temperature=5.0, key=key, **options)
+        assert sampled.tolist() == greedy
+
+
+def test_a_key_fixes_the_sample_and_another_changes_it(table):
+    sample = lambda seed: generate(Bigram(), table, [0], temperature=1.0, key=jax.random.key(seed)).tolist()  # noqa: E731
+    assert sample(0) == sample(0)
+    assert sample(0) != sample(1)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, VOCAB, 1.0), (0.5, VOCAB, 1.0), (2.0, 3, 1.0), (1.0, VOCAB, 0.6), (1.0, 3, 0.7)],
+)
+def test_draws_have_the_frequencies_of_the_truncated_distribution(table, temperature, top_k, top_p):
+    probabilities = np.exp(np.asarray(table[0], np.float64) / temperature)
+    order = np.argsort(-probabilities)
+    probabilities[order[top_k:]] = 0
+    probabilities /= probabilities.sum()
+    kept = np.searchsorted(np.cumsum(probabilities[order]), top_p) + 1
+    probabilities[order[kept:]] = 0
+    probabilities /= probabilities.sum()
+
+    draws = 20_000
+    options = (jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+    keys = jax.random.split(jax.random.key(0), draws)
+    tokens = jax.jit(jax.vmap(lambda key: draw_token(table[0], key, *options)))(keys)
+    frequencies = np.bincount(np.asarray(tokens), minlength=VOCAB) / draws
+    assert (frequencies[probabilities == 0] == 0).all()
+    # five standard deviations of a frequency over 20,000 draws
+    np.testing.assert_allclose(frequencies, probabilities, atol=5 * 0.5 / draws**0.5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        (np.ones((1, 2), int), {}, "one sequence at a time"),
+        (np.ones(3), {}, "give integers"),
+        ([1, VOCAB], {}, "prompt_ids lie in 1 .. 7, but the model's vocabulary is 0 .. 6"),
+        ([-1], {}, "prompt_ids lie in -1"),
+        ([1] * 100, {"max_new_tokens": 61}, "exceed the model's context of 160; .* at most 60 new tokens"),
+        ([1], {"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ([1], {"temperature": -1.0}, "temperature=-1.0; give 0 for greedy"),
+        ([1], {"temperature": float("nan")}, "temperature=nan"),
+        ([1], {"temperature": 1.0}, r"give key=jax.random.key\(seed\)"),
+        ([1], {"temperature": 1.0, "top_k": 0, "key": 0}, "top_k=0"),
+        ([1], {"temperature": 1.0, "top_p": 0.0, "key": 0}, "top_p=0.0"),
+        ([1], {"temperature": 1.0, "top_p": 1.5, "key": 0}, "top_p=1.5"),
+        ([1], {"top_k": 5}, "temperature=0 draws none"),
+    ],
+)
+def test_bad_input_is_named(table, prompt, options, message):
+    if "key" in options:
+        options = options | {"key": jax.random.key(0)}
+    with pytest.raises(ValueError, match=message):
+        generate(Bigram(), table, prompt, **options)
