@@ -85,6 +85,13 @@ def test_uniform_logits_have_a_perplexity_of_the_vocabulary_size(ids):
     assert perplexity(RunningSum(), jnp.zeros((VOCAB, VOCAB)), ids) == pytest.approx(VOCAB, rel=1e-6)
 
 
+def test_broken_logits_show_as_nan_and_hopeless_ones_as_infinity():
+    broken = jnp.zeros((VOCAB, VOCAB)).at[2].set(jnp.nan)
+    assert math.isnan(perplexity(RunningSum(), broken, [1, 2, 3]))
+    certain_of_zero = jnp.zeros((VOCAB, VOCAB)).at[:, 0].set(1e5)
+    assert perplexity(RunningSum(), certain_of_zero, [1, 2, 3]) == math.inf
+
+
 def test_compare_equals_a_float64_loop(table, ids):
     other = table + 0.3 * jax.random.normal(jax.random.key(1), table.shape)
     windows = reference_windows(ids, 5, [0])
