@@ -14,12 +14,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jgptq import grid as grids
 from jgptq import packing, tensor
 from jgptq.checkpoints.layout import ExpectedTensor, Format
+
+# One program for each shape, where the unjitted functions would compile each of their shifts.
+pack = jax.jit(packing.pack, static_argnames="bits")
+unpack = jax.jit(packing.unpack, static_argnames=("bits", "length"))
 
 FLOATS = ("F16", "BF16", "F32")
 VERSIONS = ("gptq", "gptq_v2")
@@ -120,8 +125,8 @@ def decode(
     words = jnp.asarray(tensors["qweight"].view(np.uint32))
     permutation = _permutation(module, tensors["g_idx"], group_size)
     if permutation is not None:
-        codes = packing.unpack(words, own.bits, in_features)
-        words = packing.pack(codes[permutation], own.bits)
+        codes = unpack(words, bits=own.bits, length=in_features)
+        words = pack(codes[permutation], bits=own.bits)
     zeros = _zeros(settings, module, tensors["qzeros"].view(np.uint32), scales.shape[1])
     return tensor.QuantizedTensor(
         codes=words,
@@ -177,13 +182,16 @@ def encode(settings: Settings, weight: tensor.QuantizedTensor) -> dict[str, np.n
     words, groups = weight.codes, np.arange(weight.in_features, dtype=np.int32) // weight.group_size
     if weight.permutation is not None:
         inverse = np.argsort(np.asarray(weight.permutation))
-        words, groups = packing.pack(tensor.unpack_codes(weight)[inverse], weight.bits), groups[inverse]
+        words, groups = (
+            pack(unpack(words, bits=weight.bits, length=weight.in_features)[inverse], bits=weight.bits),
+            groups[inverse],
+        )
     midpoint = 2 ** (weight.bits - 1)
     zeros = jnp.full(weight.scales.shape, midpoint, jnp.uint8) if weight.zeros is None else weight.zeros
     fields = zeros - 1 if settings.version == "gptq" else zeros
     return {
         "qweight": np.asarray(words).view(np.int32),
-        "qzeros": np.ascontiguousarray(np.asarray(packing.pack(fields.T, weight.bits)).T).view(np.int32),
+        "qzeros": np.ascontiguousarray(np.asarray(pack(fields.T, bits=weight.bits)).T).view(np.int32),
         "scales": np.asarray(weight.scales),
         "g_idx": groups,
     }
@@ -232,7 +240,7 @@ def _zeros(settings: Settings, module: str, words: np.ndarray, out_features: int
 
 
 def _unpack_across(words: np.ndarray, bits: int, length: int) -> np.ndarray:
-    return np.asarray(packing.unpack(jnp.asarray(words.T), bits, length)).T.astype(np.uint8)
+    return np.asarray(unpack(jnp.asarray(words.T), bits=bits, length=length)).T.astype(np.uint8)
 
 
 def _commonest(values: Any) -> Any:

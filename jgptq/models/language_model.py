@@ -56,7 +56,8 @@ class LanguageModel:
 
     def init(self, key: Array) -> dict:
         """Random float32 parameters: normal with the config's initializer_range, norms 1, biases 0."""
-        return jax.jit(lambda key: _parameters(self.architecture.build(self.config, nnx.Rngs(params=key))))(key)
+        # Not jitted: equal shapes share their small programs, where one for all layers would compile for minutes.
+        return _parameters(self.architecture.build(self.config, nnx.Rngs(params=key)))
 
     @property
     def parameter_shapes(self) -> dict:
