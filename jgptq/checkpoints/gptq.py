@@ -38,20 +38,18 @@ class WeightSettings:
     group_size: int | None
     symmetric: bool
 
-    def __post_init__(self):
-        if self.bits not in grids.BITS:
-            raise ValueError(f"quantization_config: bits={self.bits!r}; this reads {grids.BITS}")
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
-            raise ValueError(
-                f"quantization_config: group_size={self.group_size!r}; a positive integer is allowed, "
-                "or -1 for one group an output feature"
-            )
-
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "WeightSettings":
-        group_size = config.get("group_size", -1)
+        bits, group_size = config.get("bits"), config.get("group_size", -1)
+        if bits not in grids.BITS:
+            raise ValueError(f"quantization_config: bits={bits!r}; this reads {grids.BITS}")
+        if group_size is not None and (type(group_size) is not int or group_size < -1 or group_size == 0):
+            raise ValueError(
+                f"quantization_config: group_size={group_size!r}; a positive integer is allowed, "
+                "or -1 for one group an output feature"
+            )
         return cls(
-            bits=config.get("bits"),
+            bits=bits,
             group_size=None if group_size in (-1, None) else group_size,
             symmetric=bool(config.get("sym", True)),
         )
@@ -81,8 +79,11 @@ def parse(config: Mapping[str, Any]) -> Settings:
         raise ValueError(f"quantization_config: checkpoint_format={version!r}; this reads {VERSIONS}")
     if config.get("pack_dtype", "int32") != "int32":
         raise ValueError(f"quantization_config: pack_dtype={config['pack_dtype']!r}; this reads int32")
+    dynamic, meta = config.get("dynamic") or {}, config.get("meta") or {}
+    if not isinstance(dynamic, dict) or not all(isinstance(part, dict) for part in (meta, *dynamic.values())):
+        raise ValueError("quantization_config: dynamic, each of its values, and meta must be objects")
     overrides = []
-    for key, values in (config.get("dynamic") or {}).items():
+    for key, values in dynamic.items():
         sign, pattern = (key[:2], key[2:]) if key[:2] in ("+:", "-:") else ("+:", key)
         try:
             compiled = re.compile(pattern)
@@ -90,7 +91,6 @@ def parse(config: Mapping[str, Any]) -> Settings:
             raise ValueError(f"quantization_config: dynamic key {key!r} is no regular expression ({error})") from error
         if sign == "+:":
             overrides.append((compiled, WeightSettings.from_config({**config, **values})))
-    meta = config.get("meta") or {}
     return Settings(
         version=version,
         weights=WeightSettings.from_config(config),

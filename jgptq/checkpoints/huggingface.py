@@ -55,6 +55,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     quantization = config.get("quantization_config")
     if quantization is None and (directory / "quantize_config.json").is_file():
         quantization = read_json(directory / "quantize_config.json")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise ValueError(f"{directory / 'config.json'}: quantization_config is {quantization!r}; it must be an object")
     return Checkpoint(directory=directory, config=config, quantization=quantization, tensors=_stored_tensors(directory))
 
 
@@ -83,7 +85,7 @@ def locate(path: str | Path) -> Path:
 def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # Bad UTF-8 as well as bad JSON.
+    except (ValueError, RecursionError) as error:  # Bad UTF-8, bad JSON, JSON nested without end.
         raise ValueError(f"{file} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a JSON {type(content).__name__}; it must hold an object")
