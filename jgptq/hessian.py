@@ -27,7 +27,7 @@ class Hessian:
     def in_features(self) -> int:
         return self.total.shape[-1]
 
-    def mean(self) -> Float[Array, "in in"]:
+    def mean(self) -> Float[Array, "*stack in in"]:
         """Mean over tokens of x xᵀ; zero when no token was seen."""
         return self.total / jnp.maximum(self.tokens, 1).astype(jnp.float32)[..., None, None]
 

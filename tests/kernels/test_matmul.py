@@ -1,0 +1,134 @@
+"""jgptq.matmul: every implementation against a float64 product of the raw fields; derivatives; bad arguments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+import jgptq
+from jgptq import tensor
+from jgptq.kernels.matmul import IMPLEMENTATIONS
+
+# (bits, group size, symmetric, permuted): each width, a short last group, one group, and both zeros and orders.
+WEIGHTS = [
+    (2, 32, True, False),
+    (3, 24, False, True),
+    (4, 32, False, False),
+    (4, None, True, True),
+    (8, 24, False, False),
+]
+# Unit roundoff: of the product's result and, in narrow types, of the dequantized weight, each rounded once.
+ROUNDOFF = {jnp.float32: 2.0**-24, jnp.bfloat16: 2.0**-9, jnp.float16: 2.0**-12}
+
+
+def make_weight(bits, group_size, symmetric, permuted):
+    rng = np.random.default_rng(0)
+    rows = group_size or 64
+    groups = -(-64 // rows)
+    return tensor.from_codes(
+        jnp.asarray(rng.integers(0, 2**bits, (64, 10)), jnp.uint8),
+        jnp.asarray(rng.normal(size=(groups, 10)), jnp.float32),
+        jnp.asarray(rng.integers(0, 2**bits, (groups, 10)), jnp.uint8),
+        grid=jgptq.Grid(bits=bits, group_size=group_size, symmetric=symmetric),
+        permutation=jnp.asarray(rng.permutation(64), jnp.int32) if permuted else None,
+    )
+
+
+def exact_matrix(weight) -> np.ndarray:
+    return reference.dequantize(
+        weight.codes,
+        weight.scales,
+        weight.zeros,
+        weight.permutation,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        in_features=64,
+    )
+
+
+def inputs(shape, dtype):
+    return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32).astype(dtype)
+
+
+def assert_product(y, x, w, dtype):
+    """y = x @ w to within rounding: bounded by the product of magnitudes, as float sums are."""
+    x, y = np.asarray(x).astype(np.float64), np.asarray(y).astype(np.float64)
+    # One rounding of the weight, one of the result, and at worst one a term in the float32 sum.
+    bound = (np.abs(x) @ np.abs(w)) * (2 * ROUNDOFF[dtype] + x.shape[-1] * 2.0**-24)
+    assert (np.abs(y - x @ w) <= bound).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ROUNDOFF, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("parts", WEIGHTS, ids=str)
+def test_products_match_float64(parts, dtype, implementation):
+    weight = make_weight(*parts)
+    x = inputs((2, 3, 64), dtype)
+    y = jgptq.matmul(x, weight, implementation=implementation)
+    assert (y.shape, y.dtype) == ((2, 3, 10), dtype)
+    assert_product(y, x, exact_matrix(weight), dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (1, 64), (2, 0, 64), (2, 1, 5, 64)])
+def test_any_leading_shape(shape, implementation):
+    weight = make_weight(*WEIGHTS[1])
+    x = inputs(shape, jnp.float32)
+    y = jgptq.matmul(x, weight, implementation=implementation)
+    assert y.shape == (*shape[:-1], 10)
+    assert_product(y, x, exact_matrix(weight), jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ROUNDOFF, ids=lambda dtype: dtype.__name__)
+def test_gradient_and_jvp_are_those_of_the_product(dtype, implementation):
+    weight = make_weight(*WEIGHTS[1])
+    w = exact_matrix(weight)
+    x, tangent, cotangent = inputs((3, 64), dtype), inputs((3, 64), dtype)[::-1], inputs((3, 10), dtype)
+
+    def product(x):
+        return jgptq.matmul(x, weight, implementation=implementation)
+
+    _, y_tangent = jax.jvp(product, (x,), (tangent,))
+    assert y_tangent.dtype == dtype
+    assert_product(y_tangent, tangent, w, dtype)
+    (x_cotangent,) = jax.jit(lambda x, c: jax.vjp(product, x)[1](c))(x, cotangent)
+    assert x_cotangent.dtype == dtype
+    assert_product(x_cotangent, cotangent, w.T, dtype)
+
+
+def test_it_is_the_product_with_the_dequantized_weight():
+    weight = make_weight(*WEIGHTS[1])
+    x = inputs((3, 64), jnp.float32)
+    # The same float32 products, summed in stored instead of natural order.
+    np.testing.assert_allclose(jgptq.matmul(x, weight), x @ jgptq.dequantize(weight), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("without_type_checker")
+class TestMessages:
+    def test_another_width(self):
+        message = r"x has shape \(3, 63\), but the weight takes 64 features; reshape x to \(..., 64\)"
+        with pytest.raises(ValueError, match=message):
+            jgptq.matmul(jnp.ones((3, 63)), make_weight(*WEIGHTS[0]))
+
+    def test_no_axis(self):
+        with pytest.raises(ValueError, match=r"x has shape \(\), but the weight takes 64 features"):
+            jgptq.matmul(jnp.ones(()), make_weight(*WEIGHTS[0]))
+
+    def test_integers(self):
+        with pytest.raises(TypeError, match=r"x has dtype int32; give a floating-point array"):
+            jgptq.matmul(jnp.ones((3, 64), jnp.int32), make_weight(*WEIGHTS[0]))
+
+    def test_a_stack(self):
+        stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), make_weight(*WEIGHTS[0]))
+        with pytest.raises(ValueError, match=r"stack or batch of matrices .*use jax.vmap over x and weight"):
+            jgptq.matmul(jnp.ones((3, 64)), stack)
+
+    def test_a_plain_array(self):
+        with pytest.raises(TypeError, match=r"give a QuantizedTensor, or use x @ weight for an array"):
+            jgptq.matmul(jnp.ones((3, 64)), jnp.ones((64, 10)))
+
+    def test_an_unknown_implementation(self):
+        with pytest.raises(ValueError, match=r"implementation='cuda'; choose one of \(.*'xla'.*\), or None"):
+            jgptq.matmul(jnp.ones((3, 64)), make_weight(*WEIGHTS[0]), implementation="cuda")

@@ -1,0 +1,107 @@
+"""The house's map, as law: a room imports only from floors below, and rooms on one floor do not see each other."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "jgptq"
+FLOORS = (
+    ("grid", "packing"),
+    ("tensor", "hessian"),
+    ("solvers", "kernels"),
+    ("tracing", "models"),
+    ("quantize", "checkpoints"),
+    ("calibration", "generate", "perplexity", "finetune", "report", "demo_text"),
+    ("demo",),
+    ("cli",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+CORE = {"grid", "packing", "tensor", "hessian", "solvers", "kernels", "tracing"}
+CORE_IMPORTS = {"jax", "numpy", "jaxtyping", "jgptq"} | set(sys.stdlib_module_names)
+# Files of no room: they may see every room, and no room but the top two floors may see them.
+FRONT = {"__init__", "__main__"}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST, file: Path) -> list[str]:
+    """Every module a file imports, dotted and absolute; `from a import b` gives a.b, which may name an object."""
+    package = ("jgptq", *file.relative_to(PACKAGE).parent.parts)
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (start, node.module) if part)
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def complaints(source: str, file: Path) -> list[str]:
+    """What is wrong with a file's imports; [] when nothing is."""
+    room = room_of(file)
+    if room in FRONT:
+        return []
+    if room not in FLOOR:
+        return [f"{room} is on no floor: add it to the map in {Path(__file__).name}"]
+    found = []
+    for name in imports(ast.parse(source), file):
+        parts = name.split(".")
+        if room in CORE and parts[0] not in CORE_IMPORTS:
+            found.append(f"{room} is core and imports {name}")
+        if room != "tracing" and parts[:2] == ["jax", "extend"]:
+            found.append(f"{room} imports {name}: only tracing touches jax.extend")
+        if parts[0] != "jgptq":
+            continue
+        other = parts[1] if len(parts) > 1 else "__init__"
+        if other == room:
+            continue
+        if other not in FLOOR:
+            if FLOOR[room] < FLOOR["demo"] and name != "jgptq.__version__":
+                found.append(f"{room} imports {name} from the front door: import it from its own room")
+        elif FLOOR[other] >= FLOOR[room]:
+            found.append(f"{room} (floor {FLOOR[room]}) imports {other} (floor {FLOOR[other]})")
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_every_import_goes_down(file):
+    assert complaints(file.read_text(), file) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "complaint"),
+    [
+        ("grid.py", "from jgptq import tensor", r"grid \(floor 0\) imports tensor \(floor 1\)"),
+        ("hessian.py", "import jgptq.tensor", r"hessian \(floor 1\) imports tensor \(floor 1\)"),
+        ("solvers/gptq.py", "def f():\n  from jgptq.kernels.matmul import matmul", "imports kernels"),
+        ("solvers/gptq.py", "from ..quantize import quantize", "imports quantize"),
+        ("solvers/gptq.py", "from jgptq import Grid", "front door"),
+        ("kernels/xla.py", "import flax", "core and imports flax"),
+        ("quantize.py", "from jax.extend import core", "only tracing touches jax.extend"),
+        ("attic.py", "", "on no floor"),
+    ],
+)
+def test_the_map_notices(file, source, complaint):
+    with pytest.raises(AssertionError, match=complaint):
+        assert not complaints(source, PACKAGE / file), complaints(source, PACKAGE / file)
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("solvers/gptq.py", "from jgptq.solvers.method import Info\nfrom jgptq import grid as grids\nimport jax"),
+        ("tracing/graph.py", "from jax.extend import core"),
+        ("models/llama.py", "import flax"),
+        ("cli.py", "import jgptq"),
+    ],
+)
+def test_the_map_allows(file, source):
+    assert complaints(source, PACKAGE / file) == []

@@ -1,0 +1,158 @@
+"""QuantizedTensor: what it stands for, its bytes, and that every transformation of JAX carries it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+import jgptq
+from jgptq import tensor
+from jgptq.tensor import Layout, QuantizedTensor
+
+
+def random_tensor(bits=3, group_size=24, symmetric=False, permuted=False, layout=None, seed=0, dtype=jnp.float32):
+    """A tensor of random fields, (64, 10) unless a layout says otherwise."""
+    rng = np.random.default_rng(seed)
+    layout = layout or Layout.dense(64, 10)
+    batch = layout.sizes(layout.batch_axes)
+    rows, out = layout.in_features, layout.out_features
+    groups = -(-rows // group_size)
+    return tensor.from_codes(
+        jnp.asarray(rng.integers(0, 2**bits, (*batch, rows, out)), jnp.uint8),
+        jnp.asarray(rng.normal(size=(*batch, groups, out)), jnp.float32),
+        None if symmetric else jnp.asarray(rng.integers(0, 2**bits, (*batch, groups, out)), jnp.uint8),
+        grid=jgptq.Grid(bits=bits, group_size=group_size, symmetric=symmetric),
+        permutation=jnp.asarray(rng.permutation(rows), jnp.int32) if permuted else None,
+        layout=layout,
+        dtype=dtype,
+    )
+
+
+def oracle(weight: QuantizedTensor) -> np.ndarray:
+    return reference.dequantize(
+        weight.codes,
+        weight.scales,
+        weight.zeros,
+        weight.permutation,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        in_features=weight.in_features,
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("symmetric", "permuted"), [(False, True), (True, False)])
+def test_dequantize_matches_raw_fields(bits, symmetric, permuted):
+    weight = random_tensor(bits=bits, symmetric=symmetric, permuted=permuted)
+    # A float16 scale times an integer below 2^9 is exact in float32.
+    np.testing.assert_array_equal(jgptq.dequantize(weight), oracle(weight))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_bytes_are_exactly_those_of_the_parts(bits):
+    weight = random_tensor(bits=bits, group_size=32)
+    assert weight.nbytes == 64 * 10 * bits // 8 + 2 * 10 * 2 + 2 * 10
+    assert random_tensor(bits=bits, group_size=32, symmetric=True).nbytes == 64 * 10 * bits // 8 + 2 * 10 * 2
+    assert random_tensor(bits=bits, group_size=32, permuted=True).nbytes == weight.nbytes + 64 * 4
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_logical_dtype_is_that_of_the_array_replaced(dtype):
+    weight = random_tensor(dtype=dtype)
+    assert (weight.shape, weight.dtype, weight.ndim) == ((64, 10), dtype, 2)
+    np.testing.assert_array_equal(weight.dequantize(), jnp.asarray(oracle(weight), jnp.float32).astype(dtype))
+
+
+def test_transformations_carry_it():
+    weight = random_tensor(permuted=True)
+    expected = np.asarray(weight.dequantize())
+    leaves, structure = jax.tree.flatten(weight)
+    assert len(leaves) == 4
+    for passed in (
+        jax.jit(lambda q: q)(weight),
+        jax.device_put(weight, jax.devices()[0]),
+        jax.tree.map(lambda leaf: leaf, weight),
+        jax.tree.unflatten(structure, leaves),
+        jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), {"kernel": weight})["kernel"],
+    ):
+        assert isinstance(passed, QuantizedTensor)
+        np.testing.assert_array_equal(jax.jit(jgptq.dequantize)(passed), expected)
+    assert hash(structure) == hash(jax.tree.structure(random_tensor(permuted=True, seed=1)))
+
+
+def test_eval_shape_gives_shapes_without_arrays():
+    weight = random_tensor(symmetric=True)
+    shape = jax.eval_shape(lambda q: q, weight)
+    assert (shape.shape, shape.dtype, shape.codes.shape, shape.zeros) == ((64, 10), jnp.float32, (6, 10), None)
+    assert jax.eval_shape(jgptq.dequantize, weight).shape == (64, 10)
+    assert repr(shape) == "QuantizedTensor(float32[64, 10], 3 bits, group 24, symmetric)"
+
+
+@pytest.mark.parametrize("leaf", [None, object()])
+def test_unflattens_with_leaves_that_are_no_arrays(leaf):
+    leaves, structure = jax.tree.flatten(random_tensor(permuted=True))
+    odd = jax.tree.unflatten(structure, [leaf] * len(leaves))
+    assert odd.codes is leaf
+    assert "float32[64, 10]" in repr(odd)
+
+
+def test_a_stack_scans_and_vmaps():
+    weights = [random_tensor(permuted=True, seed=seed) for seed in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+    expected = np.stack([oracle(weight) for weight in weights])
+    assert stack.shape == (3, 64, 10)
+    np.testing.assert_array_equal(stack.dequantize(), expected)
+    np.testing.assert_array_equal(jax.vmap(jgptq.dequantize)(stack), expected)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64)), jnp.float32)
+    _, scanned = jax.lax.scan(lambda carry, weight: (carry, jgptq.matmul(x, weight)), None, stack)
+    np.testing.assert_allclose(scanned, np.asarray(x) @ expected, rtol=1e-5, atol=1e-4)
+    mapped = jax.vmap(jgptq.matmul, in_axes=(None, 0))(x, stack)
+    np.testing.assert_allclose(mapped, np.asarray(x) @ expected, rtol=1e-5, atol=1e-4)
+
+
+# Leaf shape, its layout, and the product x · leaf as an einsum on the leaf itself.
+LAYOUTS = {
+    "transposed": (Layout(shape=(10, 64), factors=(10, 64), in_axes=(1,), out_axes=(0,)), "ni,oi->no"),
+    "heads": (Layout(shape=(64, 5, 2), factors=(64, 5, 2), in_axes=(0,), out_axes=(1, 2)), "ni,ihd->nhd"),
+    "output projection": (Layout(shape=(4, 16, 10), factors=(4, 16, 10), in_axes=(0, 1), out_axes=(2,)), "nhd,hde->ne"),
+    "inputs apart and out of order": (
+        Layout(shape=(16, 10, 4), factors=(16, 10, 4), in_axes=(2, 0), out_axes=(1,)),
+        "nhd,deh->ne",
+    ),
+    "experts": (
+        Layout(shape=(3, 10, 64), factors=(3, 10, 64), batch_axes=(0,), in_axes=(2,), out_axes=(1,)),
+        "eni,eoi->eno",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_agree_with_einsum(name):
+    layout, product = LAYOUTS[name]
+    rng = np.random.default_rng(0)
+    leaf = jnp.asarray(rng.normal(size=layout.shape), jnp.float32)
+    matrix = layout.to_matrix(leaf)
+    np.testing.assert_array_equal(layout.from_matrix(matrix), leaf)
+    stack = jnp.stack([leaf, -leaf])
+    np.testing.assert_array_equal(layout.to_matrix(stack)[1], -matrix)
+    np.testing.assert_array_equal(layout.from_matrix(layout.to_matrix(stack)), stack)
+
+    x_axes, leaf_axes = product.split("->")[0].split(",")
+    x = rng.normal(size=[dict(zip(leaf_axes, layout.shape, strict=True)).get(axis, 7) for axis in x_axes])
+    batch = layout.sizes(layout.batch_axes)
+    leaf = np.asarray(leaf, np.float64)
+    through_matrix = x.reshape(*batch, 7, layout.in_features) @ np.asarray(matrix, np.float64)
+    np.testing.assert_allclose(through_matrix.ravel(), np.einsum(product, x, leaf).ravel(), rtol=1e-12, atol=1e-12)
+
+    weight = random_tensor(layout=layout)
+    assert weight.shape == layout.shape == weight.dequantize().shape
+    np.testing.assert_array_equal(layout.to_matrix(weight.dequantize()), tensor.matrix(weight))
+
+
+def test_a_factored_axis_may_play_two_roles():
+    # (heads * head_dim, embed) seen as heads of (head_dim, embed) matrices.
+    layout = Layout(shape=(12, 5), factors=(3, 4, 5), batch_axes=(0,), in_axes=(1,), out_axes=(2,))
+    leaf = jnp.arange(60.0).reshape(12, 5)
+    np.testing.assert_array_equal(layout.to_matrix(leaf), leaf.reshape(3, 4, 5))
+    np.testing.assert_array_equal(layout.from_matrix(leaf.reshape(3, 4, 5)), leaf)
