@@ -1,12 +1,20 @@
 """jgptq: functional GPTQ quantization for JAX."""
 
+import importlib.metadata
+
+from jgptq.checkpoints import load, save
+from jgptq.generate import generate
 from jgptq.grid import Grid
 from jgptq.hessian import Hessian, init_hessian, merge_hessians, update_hessian
 from jgptq.kernels.matmul import matmul
+from jgptq.perplexity import compare, perplexity
+from jgptq.quantize import Options, QuantizationWarning, Report, quantize
 from jgptq.solvers import GPTQ, METHODS, OBQ, RTN, Info, gptq, obq, rtn
 from jgptq.tensor import QuantizedTensor, dequantize
+from jgptq.tracing.apply import quantized
+from jgptq.tracing.graph import find_weights
 
-__version__ = "0.1.0"
+__version__ = importlib.metadata.version("jgptq")
 
 __all__ = [
     "GPTQ",
@@ -16,13 +24,25 @@ __all__ = [
     "Grid",
     "Hessian",
     "Info",
+    "Options",
+    "QuantizationWarning",
     "QuantizedTensor",
+    "Report",
+    "__version__",
+    "compare",
     "dequantize",
+    "find_weights",
+    "generate",
     "gptq",
     "init_hessian",
+    "load",
     "matmul",
     "merge_hessians",
     "obq",
+    "perplexity",
+    "quantize",
+    "quantized",
     "rtn",
+    "save",
     "update_hessian",
 ]

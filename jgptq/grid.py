@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 BITS = (2, 3, 4, 8)
@@ -96,6 +97,31 @@ def fit(w: Float[Array, "group out"], grid: Grid) -> tuple[Float[Array, " out"],
     else:
         zero = jnp.clip(jnp.round(-low / scale), 0, grid.max_code)
     return round_scales(scale, grid.scale_dtype), zero
+
+
+# Shrink factors that `search` tries: the min/max range rarely wants to grow, and never to a quarter.
+SHRINKS = tuple(1.02 - 0.02 * k for k in range(36))
+
+
+def search(w: Float[Array, "group out"], grid: Grid) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
+    """As `fit`, with the range shrunk by the factor that minimizes the sum of |error|^2.5 over the group.
+
+    Clipping the few largest weights lets all others be rounded more finely; an exponent above 2 keeps the largest
+    from being given up. [Frantar et al. 2023's reference implementation searches likewise with exponent 2.4; 2.5
+    needs only a square root]
+    """
+    full, zero = fit(w, grid)
+
+    def try_shrink(best, shrink):
+        scale = round_scales(full * shrink, grid.scale_dtype)
+        error = jnp.abs(decode(encode(w, scale, zero, grid.max_code), scale, zero) - w)
+        loss = jnp.sum(error * error * jnp.sqrt(error), axis=0)
+        better = loss < best[0]
+        return (jnp.where(better, loss, best[0]), jnp.where(better, scale, best[1])), None
+
+    start = (jnp.full_like(full, jnp.inf), full)
+    (_, scale), _ = lax.scan(try_shrink, start, jnp.array(SHRINKS, w.dtype))
+    return scale, zero
 
 
 def fit_groups(w: Float[Array, "in out"], grid: Grid) -> tuple[Float[Array, "groups out"], Float[Array, "groups out"]]:

@@ -41,12 +41,14 @@ def save(
     *,
     format: str = "gptq",
     tokenizer_from: str | Path | None = None,
+    extra_files: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a new model directory that `load` reads back bit for bit, in Hugging Face's layout.
 
     format: a name in FORMATS, for the packed kernels; a tree without any is a plain checkpoint in every format.
     tokenizer_from: a directory whose tokenizer files are copied; None: `model.source`, where it has any.
+    extra_files: texts to write beside the weights, by file name; a report for example.
     max_shard_bytes: weights beyond this are spread over several files.
 
     Everything is written beside `path` under a hidden name, synced to disk and renamed. Raises FileExistsError if
@@ -70,6 +72,10 @@ def save(
         if "quantization_config" in config:
             _write_json(partial / "quantize_config.json", config["quantization_config"])
         _copy_tokenizer(tokenizer_from or model.source, partial)
+        for name, text in (extra_files or {}).items():
+            if Path(name).name != name or (partial / name).exists():
+                raise ValueError(f"extra_files has {name!r}; give plain file names that the format does not use itself")
+            (partial / name).write_text(text, encoding="utf-8")
         _sync(partial)
         partial.rename(path)
     except BaseException:

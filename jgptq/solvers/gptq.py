@@ -59,7 +59,8 @@ def gptq(
     """Quantizes one weight to minimize the output error on the inputs that `hessian` has seen.
 
     act_order: the order in which inputs are quantized. False: as they come. True: by falling diagonal of the
-        Hessian, groups formed in that order, the permutation kept in the tensor. "static": the same order, but each
+        Hessian, groups formed in that order, the permutation kept in the tensor (one group alone needs none).
+        "static": the same order, but each
         input uses its natural group's grid, fitted to the original weight beforehand: no permutation at inference.
         "group": group-aware reordering: groups by their largest diagonal, inputs by diagonal within a group; no
         permutation either.
@@ -103,7 +104,7 @@ def _gptq(w, hessian, grid, act_order, damp, block_size):
     if act_order == "group":
         reached = order.groups[:: plan.group]
         scales, zeros = jnp.zeros_like(scales).at[reached].set(scales), jnp.zeros_like(zeros).at[reached].set(zeros)
-    if act_order is True:
+    if act_order is True and grid.group_length(in_features) < in_features:
         groups = jnp.zeros(in_features, jnp.int32).at[order.inputs].set(order.groups, mode="drop")
         permutation = jnp.argsort(groups, stable=True).astype(jnp.int32)
         codes = codes[permutation]

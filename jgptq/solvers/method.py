@@ -1,7 +1,7 @@
 """What every solver takes and gives: arrays in, a QuantizedTensor and an Info out."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class Info:
     finite: Any
 
 
+@runtime_checkable
 class Method(Protocol):
     """A quantization method with its options, as a value: one row of METHODS."""
 

@@ -134,7 +134,7 @@ def called_jaxpr(equation: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
     return called if isinstance(called, jex.ClosedJaxpr) else jex.ClosedJaxpr(called, ())
 
 
-# Equations that are their jaxpr's value and nothing else. Derivative rules are lost, which a forward pass does not need.
+# Equations that stand for the value of their jaxpr. Derivative rules are lost: a forward pass needs none.
 CALLS = (
     "jit",
     "pjit",
@@ -258,7 +258,7 @@ def _find_sites(named, equations, outputs, leaves, leaf_views, view_of) -> list[
             others[leaf_of[atom]].append("an output of the function")
 
     sites = []
-    for leaf, (path, value) in enumerate(named):
+    for leaf, (path, _) in enumerate(named):
         aval = leaves[leaf].aval
         shape, dtype = tuple(aval.shape), aval.dtype
         quantizable, reason = _verdict(products[leaf], others[leaf])

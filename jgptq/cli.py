@@ -1,0 +1,246 @@
+"""The command line: demo, quantize, eval, generate, inspect.
+
+Results go to stdout; progress and warnings to stderr. Bad input ends in one line on stderr and exit code 2.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import jgptq
+from jgptq import calibration, demo
+from jgptq.checkpoints import load, save
+from jgptq.generate import generate
+from jgptq.grid import BITS, Grid
+from jgptq.perplexity import compare, perplexity
+from jgptq.quantize import Row, quantize
+from jgptq.report import nbytes, report_json, report_table, weights_table
+from jgptq.solvers import METHODS
+
+REPORT_FILE = "quantization_report.json"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = _show_warning
+    try:
+        options.command(options)
+    except (ValueError, OSError) as error:
+        print(f"jgptq: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jgptq: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"jgptq: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="jgptq", description="Quantize language models with GPTQ in JAX, and see what it cost.")
+    parser.add_argument("--version", action="version", version=f"jgptq {jgptq.__version__}, jax {jax.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, function, help: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, epilog=f"example: {example}")
+        sub.set_defaults(command=function)
+        return sub
+
+    command("demo", _demo, "Quantize the small model that comes with jgptq; needs no network.", "jgptq demo")
+
+    sub = command(
+        "quantize",
+        _quantize,
+        "Quantize a Hugging Face model directory into a new, packed one.",
+        "jgptq quantize Llama-3.2-1B out --bits 4 --group-size 128 --calibration stories.txt",
+    )
+    sub.add_argument("model", help="directory with config.json and safetensors, or a hub id")
+    sub.add_argument("out", type=Path, help="directory to make; must not exist")
+    sub.add_argument("--calibration", required=True, metavar="FILE", help="UTF-8 text to calibrate on")
+    sub.add_argument("--bits", type=int, default=4, choices=BITS)
+    sub.add_argument(
+        "--group-size", type=int, default=128, metavar="N", help="inputs that share a scale; -1: all (default 128)"
+    )
+    sub.add_argument("--symmetric", action="store_true", help="fix the zero at mid-range rather than fit it")
+    sub.add_argument("--method", default="gptq", choices=tuple(METHODS))
+    sub.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default 128)")
+    sub.add_argument(
+        "--seq-len", type=int, metavar="N", help="tokens in a window (default: the model's context, at most 2048)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="which windows are drawn")
+
+    sub = command(
+        "eval",
+        _eval,
+        "Perplexity on a text; with --against, KL and agreement with that model too.",
+        "jgptq eval out --text held_out.txt --against Llama-3.2-1B",
+    )
+    sub.add_argument("model", help="model directory, float or packed")
+    sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to evaluate on")
+    sub.add_argument("--against", metavar="MODEL", help="the float model to compare with")
+    sub.add_argument("--tokens", type=int, metavar="N", help="evaluate the first N tokens (default: all)")
+    sub.add_argument(
+        "--seq-len", type=int, metavar="N", help="tokens in a window (default: the model's context, at most 2048)"
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command(
+        "generate",
+        _generate,
+        "Complete a prompt.",
+        'jgptq generate out --prompt "Once upon a time" --max-new-tokens 64',
+    )
+    sub.add_argument("model", help="model directory, float or packed")
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    sub.add_argument("--top-k", type=int, metavar="K")
+    sub.add_argument("--top-p", type=float, metavar="P")
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = command(
+        "inspect",
+        _inspect,
+        "A table of a model's weights: shape, bits, group, bytes and, if jgptq made it, error.",
+        "jgptq inspect out",
+    )
+    sub.add_argument("model", help="model directory, float or packed")
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    console, status = Console(), Console(stderr=True)
+    results, completions = demo.run(lambda line: status.print(f"[dim]{line} …[/dim]"))
+    console.print(demo.table(results))
+    for name, text in completions.items():
+        console.print(f"\n[bold]{name}[/bold] completes:")
+        console.print(demo.PROMPT + text, markup=False, highlight=False)
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    if options.out.exists():
+        raise FileExistsError(f"{options.out} exists; choose a new directory, or remove it first")
+    if options.group_size != -1 and options.group_size < 1:
+        raise ValueError(f"--group-size {options.group_size}; give a positive number, or -1 for all inputs")
+    grid = Grid(
+        bits=options.bits,
+        group_size=None if options.group_size == -1 else options.group_size,
+        symmetric=options.symmetric,
+    )
+    model, params = load(options.model)
+    tokenizer = calibration.load_tokenizer(model.source)
+    batches = calibration.batches(
+        options.calibration,
+        tokenizer,
+        samples=options.samples,
+        seq_len=options.seq_len or _window(model),
+        seed=options.seed,
+    )
+    before = nbytes(params)
+    with _progress() as progress:
+        task = progress.add_task("tracing", total=None, loss="")
+
+        def advance(row: Row, done: int, total: int) -> None:
+            progress.update(task, description=row.path, loss=f"loss {row.loss:.3g}", completed=done, total=total)
+
+        packed, report = quantize(model.apply, params, batches, grid=grid, method=options.method, progress=advance)
+    save(options.out, model, packed, extra_files={REPORT_FILE: report_json(report)})
+    Console().print(report_table(report))
+    print(f"{options.out}: {before:,} bytes -> {nbytes(packed):,} bytes")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    model, params = load(options.model)
+    tokenizer = calibration.load_tokenizer(model.source)
+    tokens = calibration.encode(calibration.read_documents(options.text), tokenizer)
+    if options.tokens is not None:
+        if options.tokens < 2:
+            raise ValueError(f"--tokens {options.tokens}; give at least 2")
+        tokens = tokens[: options.tokens]
+    settings = {"seq_len": options.seq_len or _window(model), "bos_token_id": calibration.bos_token(tokenizer)}
+    with _progress() as progress:
+        task = progress.add_task("evaluating", total=None, loss="")
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        if options.against:
+            reference, reference_params = load(options.against)
+            result = dataclasses.asdict(
+                compare(model, params, reference, reference_params, tokens, **settings, progress=advance)
+            )
+        else:
+            result = {"perplexity": perplexity(model, params, tokens, **settings, progress=advance)}
+    result = {"model": str(options.model), "text": str(options.text), "tokens": len(tokens), **settings} | result
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        for name, value in result.items():
+            print(f"{name.replace('_', ' '):22} {value:.5f}" if isinstance(value, float) else f"{name:22} {value}")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    model, params = load(options.model)
+    tokenizer = calibration.load_tokenizer(model.source)
+    prompt = tokenizer.encode(options.prompt).ids
+    stop = model.config.eos_token_id
+    ids = generate(
+        model,
+        params,
+        prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        key=jax.random.key(options.seed),
+        stop_token_ids=() if stop is None else (stop,) if isinstance(stop, int) else tuple(stop),
+    )
+    print(tokenizer.decode(ids.tolist()))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    model, params = load(options.model)
+    errors = {}
+    report = model.source / REPORT_FILE
+    if report.is_file():
+        try:
+            errors = {row["path"]: float(row["relative_error"]) for row in json.loads(report.read_text())["rows"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{report} is not a report of jgptq ({error}); remove it to inspect without") from error
+    Console().print(weights_table(params, errors))
+
+
+def _window(model: Any) -> int:
+    return min(model.config.max_position_embeddings, 2048)
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
