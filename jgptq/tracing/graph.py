@@ -134,6 +134,12 @@ def called_jaxpr(equation: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
     return called if isinstance(called, jex.ClosedJaxpr) else jex.ClosedJaxpr(called, ())
 
 
+def close(inputs: list[jex.Var], outputs: list[Atom], equations: list[jex.JaxprEqn]) -> jex.ClosedJaxpr:
+    """A jaxpr of these equations, with no constants."""
+    names = jex.DebugInfo("jgptq", "segment", None, None)
+    return jex.ClosedJaxpr(jex.Jaxpr((), inputs, outputs, equations, debug_info=names), ())
+
+
 # Equations that stand for the value of their jaxpr. Derivative rules are lost: a forward pass needs none.
 CALLS = (
     "jit",

@@ -7,16 +7,16 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from jgptq.tracing.graph import Graph, called_jaxpr
+from jgptq.tracing.graph import Graph, called_jaxpr, close
 
 
 class Program:
     """A closed run of equations. Programs that read alike are equal, whatever their variables, and compile once."""
 
     def __init__(self, inputs: list[jex.Var], outputs: list[jex.Var], equations: list[jex.JaxprEqn]):
-        self.jaxpr = jex.Jaxpr((), inputs, outputs, equations)
+        self.jaxpr = close(inputs, outputs, equations)
         # Objects the text knows only by identity live as long as the jaxpr, so no other can take their place.
-        self.text = _jaxpr_text(self.jaxpr)
+        self.text = _jaxpr_text(self.jaxpr.jaxpr)
         self._hash = hash(self.text)
 
     def __hash__(self) -> int:
@@ -29,7 +29,7 @@ class Program:
 @functools.partial(jax.jit, static_argnums=0)
 def run(program: Program, arguments: list[Any]) -> list[Any]:
     """The program's outputs. Arguments are not donated: some are the caller's own arrays."""
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(program.jaxpr, ()))(*arguments)
+    return jex.jaxpr_as_fun(program.jaxpr)(*arguments)
 
 
 class Segment(NamedTuple):
