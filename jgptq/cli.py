@@ -37,9 +37,11 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     options = _parser().parse_args(arguments)
-    warnings.showwarning = _show_warning
     try:
-        options.command(options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = _show_warning
+            options.command(options)
     except (ValueError, OSError) as error:
         print(f"jgptq: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -126,7 +128,7 @@ def _parser() -> _Parser:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    console, status = Console(), Console(stderr=True)
+    console, status = _console(), Console(stderr=True)
     results, completions = demo.run(lambda line: status.print(f"[dim]{line} …[/dim]"))
     console.print(demo.table(results))
     for name, text in completions.items():
@@ -162,7 +164,7 @@ def _quantize(options: argparse.Namespace) -> None:
 
         packed, report = quantize(model.apply, params, batches, grid=grid, method=options.method, progress=advance)
     save(options.out, model, packed, extra_files={REPORT_FILE: report_json(report)})
-    Console().print(report_table(report))
+    _console().print(report_table(report))
     print(f"{options.out}: {before:,} bytes -> {nbytes(packed):,} bytes")
 
 
@@ -188,12 +190,12 @@ def _eval(options: argparse.Namespace) -> None:
             )
         else:
             result = {"perplexity": perplexity(model, params, tokens, **settings, progress=advance)}
-    result = {"model": str(options.model), "text": str(options.text), "tokens": len(tokens), **settings} | result
+    result = {"model": str(options.model), "text": str(options.text), "text_tokens": len(tokens), **settings} | result
     if options.json:
         print(json.dumps(result, indent=1))
     else:
         for name, value in result.items():
-            print(f"{name.replace('_', ' '):22} {value:.5f}" if isinstance(value, float) else f"{name:22} {value}")
+            print(f"{name.replace('_', ' '):22}", f"{value:.5f}" if isinstance(value, float) else value)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -224,7 +226,12 @@ def _inspect(options: argparse.Namespace) -> None:
             errors = {row["path"]: float(row["relative_error"]) for row in json.loads(report.read_text())["rows"]}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{report} is not a report of jgptq ({error}); remove it to inspect without") from error
-    Console().print(weights_table(params, errors))
+    _console().print(weights_table(params, errors))
+
+
+def _console() -> Console:
+    """stdout; where it is no terminal, wide enough for a table."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def _window(model: Any) -> int:

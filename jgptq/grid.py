@@ -115,7 +115,7 @@ def search(w: Float[Array, "group out"], grid: Grid) -> tuple[Float[Array, " out
 
     def try_shrink(best, shrink):
         scale = round_scales(full * shrink, grid.scale_dtype)
-        error = jnp.abs(decode(encode(w, scale, zero, grid.max_code), scale, zero) - w)
+        error = jnp.abs(decode(encode(w, scale[None], zero[None], grid.max_code), scale[None], zero[None]) - w)
         loss = jnp.sum(error * error * jnp.sqrt(error), axis=0)
         better = loss < best[0]
         return (jnp.where(better, loss, best[0]), jnp.where(better, scale, best[1])), None

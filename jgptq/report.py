@@ -20,8 +20,7 @@ def report_json(report: Report) -> str:
 def report_table(report: Report) -> Table:
     """A row for each quantized weight, in order of solving."""
     table = Table(title=f"{len(report.rows)} weights quantized in {report.seconds:.1f} s")
-    for column in ("weight", "shape", "bits", "group", "tokens", "loss", "rel. error", "damping", "seconds"):
-        table.add_column(column, justify="left" if column == "weight" else "right")
+    _add_columns(table, ("weight", "shape", "bits", "group", "tokens", "loss", "rel. error", "damping", "seconds"))
     for row in report.rows:
         table.add_row(
             row.path,
@@ -40,8 +39,7 @@ def report_table(report: Report) -> Table:
 def weights_table(params: Any, errors: dict[str, float]) -> Table:
     """Every leaf of a parameter tree: shape, bits, group, bytes and, where known, relative output error by path."""
     table = Table()
-    for column in ("weight", "shape", "dtype", "bits", "group", "zeros", "bytes", "rel. error"):
-        table.add_column(column, justify="left" if column == "weight" else "right")
+    _add_columns(table, ("weight", "shape", "dtype", "bits", "group", "zeros", "bytes", "rel. error"))
     total = 0
     for path, leaf in leaf_paths(params):
         total += leaf.nbytes
@@ -59,6 +57,13 @@ def weights_table(params: Any, errors: dict[str, float]) -> Table:
     table.add_section()
     table.add_row("total", "", "", "", "", "", f"{total:,}", "")
     return table
+
+
+def _add_columns(table: Table, names: tuple[str, ...]) -> None:
+    """The first column is a path, folded rather than cut where it does not fit."""
+    table.add_column(names[0], overflow="fold")
+    for name in names[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
 
 
 def shape_text(shape: tuple[int, ...]) -> str:

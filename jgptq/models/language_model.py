@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
@@ -45,14 +46,16 @@ class LanguageModel:
     config: Any
     source: Path | None = dataclasses.field(default=None, compare=False)
 
-    def apply(self, params: Mapping, tokens: Integer[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
+    def apply(
+        self, params: Mapping, tokens: Integer[Array | np.ndarray, "batch seq"]
+    ) -> Float[Array, "batch seq vocab"]:
         """Logits, float32, of the token after each position. Pure: jit it, differentiate it, vmap it."""
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 f"tokens are {tokens.dtype}{list(tokens.shape)}; give integers of shape (batch, seq), "
                 "a single sequence as tokens[None, :]"
             )
-        return nnx.merge(self._graph_and_shapes[0], params)(tokens)
+        return nnx.merge(self._graph_and_shapes[0], params)(jnp.asarray(tokens))
 
     def init(self, key: Array) -> dict:
         """Random float32 parameters: normal with the config's initializer_range, norms 1, biases 0."""
