@@ -6,6 +6,7 @@ A group of weights shares one scale and one zero; code q stands for scale * (q -
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,30 @@ class Grid:
         return in_features if self.group_size is None else min(self.group_size, in_features)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Levels:
+    """A Grid as a compiled solve sees it: what depends on the width is a value, so one program serves every width."""
+
+    max_code: Any
+    midpoint: Any
+    group_size: int | None = dataclasses.field(metadata={"static": True})
+    symmetric: bool = dataclasses.field(metadata={"static": True})
+    scale_dtype: str = dataclasses.field(metadata={"static": True})
+
+    group_length = Grid.group_length
+
+
+def levels(grid: Grid) -> Levels:
+    return Levels(
+        max_code=jnp.float32(grid.max_code),
+        midpoint=jnp.float32(grid.midpoint),
+        group_size=grid.group_size,
+        symmetric=grid.symmetric,
+        scale_dtype=grid.scale_dtype,
+    )
+
+
 def round_scales(scales: Float[Array, "*shape"], scale_dtype: str) -> Float[Array, "*shape"]:
     """Scales as they will be stored, in float32: rounded to `scale_dtype`, kept inside its normal range.
 
@@ -78,7 +103,7 @@ def scales_at_limit(scales: Float[Array, "*shape"]) -> Array:
     return jnp.sum((magnitude <= info.tiny) | (magnitude >= info.max))
 
 
-def fit(w: Float[Array, "group out"], grid: Grid) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
+def fit(w: Float[Array, "group out"], grid: Grid | Levels) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
     """Scale and zero of one group by the min/max rule, for each output feature.
 
     The range always includes 0, so that a weight of 0 (and padding) is represented. A group of zeros alone gets
@@ -104,7 +129,7 @@ def fit(w: Float[Array, "group out"], grid: Grid) -> tuple[Float[Array, " out"],
 SHRINKS = tuple(1.02 - 0.02 * k for k in range(36))
 
 
-def search(w: Float[Array, "group out"], grid: Grid) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
+def search(w: Float[Array, "group out"], grid: Grid | Levels) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
     """As `fit`, with the range shrunk by the factor that minimizes the sum of |error|^2.5 over the group.
 
     Clipping the few largest weights lets all others be rounded more finely; an exponent above 2 keeps the largest
@@ -126,7 +151,7 @@ def search(w: Float[Array, "group out"], grid: Grid) -> tuple[Float[Array, " out
 
 
 def fit_groups(
-    w: Float[Array, "in out"], grid: Grid, fit: Callable = fit
+    w: Float[Array, "in out"], grid: Grid | Levels, fit: Callable = fit
 ) -> tuple[Float[Array, "groups out"], Float[Array, "groups out"]]:
     """`fit` (or `search`) for every group of a whole weight, inputs in natural order."""
     length = grid.group_length(w.shape[0])
@@ -135,7 +160,7 @@ def fit_groups(
     return jax.vmap(lambda group: fit(group, grid))(padded.reshape(-1, length, w.shape[1]))
 
 
-def encode(w: Array, scales: Array, zeros: Array, max_code: int) -> Array:
+def encode(w: Array, scales: Array, zeros: Array, max_code: int | Array) -> Array:
     """Nearest codes (as floats, ties to even) of `w`; scales and zeros broadcast against it."""
     return jnp.clip(jnp.round(w / scales) + zeros, 0, max_code)
 

@@ -23,7 +23,7 @@ from jgptq import grid as grids
 from jgptq import tensor
 from jgptq.grid import Grid
 from jgptq.hessian import HIGHEST, Hessian, factor
-from jgptq.solvers.method import Info, check_damp, check_hessian, check_weight, make_info
+from jgptq.solvers.method import Info, check_damp, check_hessian, check_weight, make_info, pack
 
 ActOrder = Literal[False, True, "static", "group"]
 ACT_ORDERS = (False, True, "static", "group")
@@ -92,42 +92,59 @@ def gptq(
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size={block_size!r}; give a positive integer")
     check_damp(damp)
-    return _gptq(w, hessian, grid, act_order, damp, block_size, grids.search if scale_search else grids.fit)
+    fit = grids.search if scale_search else grids.fit
+    codes, scales, zeros, permutation, info = _solve(w, hessian, grids.levels(grid), damp, act_order, block_size, fit)
+    return pack(codes, scales, zeros, grid=grid, permutation=permutation, dtype=w.dtype), info
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "act_order", "block_size", "fit"))
-def _gptq(w, hessian, grid, act_order, damp, block_size, fit):
-    dtype, w = w.dtype, w.astype(jnp.float32)
+@functools.partial(jax.jit, static_argnames=("act_order", "block_size", "fit"))
+def _solve(w, hessian, grid, damp, act_order, block_size, fit):
+    """Codes in stored row order, scales, zeros, permutation or None, Info."""
+    w = w.astype(jnp.float32)
     in_features = w.shape[0]
+    group_length = grid.group_length(in_features)
     h = hessian.mean()
-    plan = _plan(in_features, grid.group_length(in_features), block_size)
+    plan = _plan(in_features, group_length, block_size)
     order = _order(jnp.diagonal(h), plan, act_order)
+    factored = factor(_in_slots(_in_slots(h, order, plan).T, order, plan), damp)
+    rows = _Rows(*grids.fit_groups(w, grid, fit), order.groups) if act_order == "static" else None
+    solution = _descend(
+        _in_slots(w, order, plan), None, factored.upper, factored.pivots, rows, grid, fit, plan.group, plan.sizes
+    )
 
-    # A slot past its group's last input holds a dead input of weight 0 and no influence.
-    padded_w = jnp.pad(w, ((0, 1), (0, 0)))[order.inputs]
-    padded_h = jnp.pad(h, ((0, 1), (0, 1)))[order.inputs][:, order.inputs]
-    factored = factor(padded_h, damp)
-
-    rows = None
-    if act_order == "static":
-        rows = _Rows(*grids.fit_groups(w, grid, fit), order.groups)
-    solution = _descend(padded_w, None, factored.upper, factored.pivots, rows, grid, fit, plan.group, plan.sizes)
-
-    codes = jnp.zeros((in_features, w.shape[1]), jnp.uint8).at[order.inputs].set(solution.codes, mode="drop")
+    codes = solution.codes
+    if not order.in_place:
+        codes = jnp.zeros((in_features, w.shape[1]), jnp.uint8).at[order.inputs].set(codes, mode="drop")
     scales, zeros, permutation = (rows or solution).scales, (rows or solution).zeros, None
     if act_order == "group":
         reached = order.groups[:: plan.group]
         scales, zeros = jnp.zeros_like(scales).at[reached].set(scales), jnp.zeros_like(zeros).at[reached].set(zeros)
-    if act_order is True and grid.group_length(in_features) < in_features:
+    if act_order is True and group_length < in_features:
         groups = jnp.zeros(in_features, jnp.int32).at[order.inputs].set(order.groups, mode="drop")
         permutation = jnp.argsort(groups, stable=True).astype(jnp.int32)
         codes = codes[permutation]
-    groups = -(-in_features // grid.group_length(in_features))
-    weight = tensor.from_codes(codes, scales[:groups], zeros[:groups], grid=grid, permutation=permutation, dtype=dtype)
-    # The loss is that of the damped Hessian; what was added to its diagonal comes off again.
-    error = solution.loss - jnp.sum(factored.added * jnp.sum(solution.errors**2, axis=1))
-    info = make_info(w, weight, hessian, error=error, loss=solution.loss, damp=factored.damp, failed=factored.failed)
-    return weight, info
+    groups = -(-in_features // group_length)
+    scales, zeros = scales[:groups], zeros[:groups]
+    info = make_info(
+        w,
+        scales.astype(grid.scale_dtype),
+        hessian,
+        # The loss is that of the damped Hessian; what was added to its diagonal comes off again.
+        error=solution.loss - jnp.sum(factored.added * jnp.sum(solution.errors**2, axis=1)),
+        loss=solution.loss,
+        damp=factored.damp,
+        failed=factored.failed,
+    )
+    return codes, scales, zeros, permutation, info
+
+
+def _in_slots(matrix: Float[Array, "in n"], order: "_Order", plan: "_Plan") -> Float[Array, "slots n"]:
+    """Rows by slot. A slot past its group's last input gets zeros: a dead input of weight 0 and no influence."""
+    if order.in_place:
+        return matrix
+    if len(plan.inputs) > matrix.shape[0]:
+        matrix = jnp.pad(matrix, ((0, 1), (0, 0)))
+    return matrix[order.inputs]
 
 
 class _Plan(NamedTuple):
@@ -156,22 +173,30 @@ def _plan(in_features: int, group_size: int, block_size: int) -> _Plan:
     within = slots % group
     inputs = (slots // group) * group_size + within
     inputs = np.where((within < group_size) & (inputs < in_features), inputs, in_features)
-    sizes = sorted({group, block, min(STRIP, group, block)}, reverse=True)
+    # Several blocks at a time make the longest sums larger products.
+    together = next(n for n in range(max(1, CHUNK // block), 0, -1) if blocks % n == 0)
+    if group > block:
+        together = next(n for n in range(together, 0, -1) if (group // block) % n == 0)
+    sizes = sorted({group, block, block * together, min(STRIP, group, block)}, reverse=True)
     return _Plan(inputs, group, tuple(size for size in sizes if size < len(slots)))
 
 
 class _Order(NamedTuple):
-    """The input in each slot (in_features where empty) and the group whose grid the slot uses."""
+    """The input in each slot (in_features where empty) and the group whose grid the slot uses.
+
+    in_place: every input is in the slot of its own number.
+    """
 
     inputs: Int[Array, " slots"]
     groups: Int[Array, " slots"]
+    in_place: bool = False
 
 
 def _order(diagonal: Float[Array, " in"], plan: _Plan, act_order: ActOrder) -> _Order:
     natural, (in_features,) = jnp.asarray(plan.inputs), diagonal.shape
     group_of_slot = jnp.arange(natural.shape[0]) // plan.group
     if act_order is False:
-        return _Order(natural, group_of_slot)
+        return _Order(natural, group_of_slot, in_place=len(plan.inputs) == in_features)
     if act_order == "group":
         # Empty slots go last in their group, empty groups last of all.
         blocks = jnp.append(diagonal, -1.0)[natural].reshape(-1, plan.group)

@@ -71,9 +71,13 @@ def check_damp(damp: Any) -> None:
         raise ValueError(f"damp={damp!r}; give a number from 0 to {MAX_DAMP}, in units of the Hessian's mean diagonal")
 
 
+# Packing compiles by itself, for each width; solves compile once for all of them.
+pack = jax.jit(tensor.from_codes, static_argnames=("grid", "layout", "dtype"))
+
+
 def make_info(
     w: Float[Array, "in out"],
-    weight: tensor.QuantizedTensor,
+    scales: Float[Array, "groups out"],
     hessian: Hessian,
     *,
     error: Array,
@@ -81,7 +85,7 @@ def make_info(
     damp: Array,
     failed: Array,
 ) -> Info:
-    """Completes an Info; `error` is tr(ΔᵀHΔ) for the undamped mean Hessian."""
+    """Completes an Info; scales in the dtype they are stored in; `error` is tr(ΔᵀHΔ) for the undamped mean Hessian."""
     h = hessian.mean()
     output = energy(h, w)
     # A weight of zeros, or inputs of zeros: no output to be wrong about. NaN stays NaN.
@@ -93,6 +97,6 @@ def make_info(
         tokens=hessian.tokens,
         dead_inputs=jnp.sum(jnp.diagonal(h) <= 0),
         failed=failed,
-        scales_at_limit=scales_at_limit(weight.scales),
+        scales_at_limit=scales_at_limit(scales),
         finite=jnp.all(jnp.isfinite(w)) & jnp.all(jnp.isfinite(hessian.total)),
     )

@@ -69,7 +69,7 @@ def _obq(w, hessian, grid, damp):
     error = w - grids.decode(codes.astype(jnp.float32), scales[index], zeros[index])
     info = make_info(
         w,
-        weight,
+        weight.scales,
         hessian,
         error=energy(h, error),
         loss=energy(damped, error),

@@ -1,7 +1,6 @@
 """Round to nearest: the baseline that looks at no data."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jgptq import grid as grids
 from jgptq import tensor
 from jgptq.grid import Grid
 from jgptq.hessian import Hessian, energy
-from jgptq.solvers.method import Info, check_hessian, check_weight, make_info
+from jgptq.solvers.method import Info, check_hessian, check_weight, make_info, pack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,17 +34,24 @@ def rtn(
     if hessian is None:
         hessian = Hessian(jnp.eye(w.shape[0], dtype=jnp.float32), jnp.ones((), jnp.int32))
     check_hessian(w, hessian)
-    return _rtn(w, hessian, grid)
+    codes, scales, zeros, info = _rtn(w, hessian, grids.levels(grid))
+    return pack(codes, scales, zeros, grid=grid, dtype=w.dtype), info
 
 
-@functools.partial(jax.jit, static_argnames="grid")
+@jax.jit
 def _rtn(w, hessian, grid):
-    dtype, w = w.dtype, w.astype(jnp.float32)
-    length = grid.group_length(w.shape[0])
+    w = w.astype(jnp.float32)
     scales, zeros = grids.fit_groups(w, grid)
-    index = jnp.arange(w.shape[0]) // length
+    index = jnp.arange(w.shape[0]) // grid.group_length(w.shape[0])
     codes = grids.encode(w, scales[index], zeros[index], grid.max_code)
-    weight = tensor.from_codes(codes.astype(jnp.uint8), scales, zeros, grid=grid, dtype=dtype)
     error = energy(hessian.mean(), w - grids.decode(codes, scales[index], zeros[index]))
-    info = make_info(w, weight, hessian, error=error, loss=error, damp=jnp.zeros(()), failed=jnp.zeros((), bool))
-    return weight, info
+    info = make_info(
+        w,
+        scales.astype(grid.scale_dtype),
+        hessian,
+        error=error,
+        loss=error,
+        damp=jnp.zeros(()),
+        failed=jnp.zeros((), bool),
+    )
+    return codes.astype(jnp.uint8), scales, zeros, info
