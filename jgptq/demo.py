@@ -26,9 +26,9 @@ from jgptq.report import nbytes
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 BITS = (4, 3, 2)
 GROUP_SIZE = 32
-SAMPLES, SEQ_LEN, EVALUATED_TOKENS = 64, 256, 16_000
-PROMPT = "def __init__(self, name, value=None):\n    "
-NEW_TOKENS = 48
+SAMPLES, SEQ_LEN, EVALUATED_TOKENS = 64, 256, 12_000
+PROMPT = "    try:\n        return self._cache[key]\n    except"
+NEW_TOKENS = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,6 @@ def run(announce: Callable[[str], None]) -> tuple[list[Result], dict[str, str]]:
     calibration = batches(read_modules(held_out=False), tokenizer, samples=SAMPLES, seq_len=SEQ_LEN)
     bos = bos_token(tokenizer)
 
-    def packed_bytes(tree: Any) -> int:
-        """Bytes as a checkpoint holds them: leaves left in float have the dtype they were stored in."""
-        return nbytes(jax.tree.map(lambda leaf: leaf.astype(_stored_dtype(leaf)), tree))
-
-    def _stored_dtype(leaf):
-        return jnp.float16 if leaf.dtype == jnp.float32 else leaf.dtype
-
     announce("float: perplexity on held-out modules")
     started = time.perf_counter()
     ppl = perplexity(model, params, held_out, seq_len=SEQ_LEN, bos_token_id=bos)
@@ -83,7 +76,7 @@ def run(announce: Callable[[str], None]) -> tuple[list[Result], dict[str, str]]:
                     name=f"{method.upper()} {bits}-bit",
                     perplexity=cost.perplexity,
                     kl=cost.kl,
-                    nbytes=packed_bytes(packed),
+                    nbytes=_bytes_as_stored(packed),
                     seconds=seconds,
                 )
             )
@@ -94,6 +87,11 @@ def run(announce: Callable[[str], None]) -> tuple[list[Result], dict[str, str]]:
         for name, tree in (("float", params), ("GPTQ 4-bit", four_bit))
     }
     return results, completions
+
+
+def _bytes_as_stored(packed: Any) -> int:
+    """Bytes as a checkpoint holds them: what was left in float has the two bytes a number it came with."""
+    return nbytes(jax.tree.map(lambda leaf: leaf.astype(jnp.float16) if leaf.dtype == jnp.float32 else leaf, packed))
 
 
 def table(results: list[Result]) -> Table:
