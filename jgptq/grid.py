@@ -126,7 +126,7 @@ def fit(w: Float[Array, "group out"], grid: Grid | Levels) -> tuple[Float[Array,
 
 
 # Shrink factors that `search` tries: the min/max range rarely wants to grow, and never to a quarter.
-SHRINKS = tuple(1.02 - 0.02 * k for k in range(36))
+SHRINKS = tuple(1.0 - 0.02 * k for k in range(35))
 
 
 def search(w: Float[Array, "group out"], grid: Grid | Levels) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
