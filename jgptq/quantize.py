@@ -37,6 +37,9 @@ class Options:
     grid: Grid | None = None
     method: str | Method | None = None
 
+    def __post_init__(self):
+        _settings(self.grid or Grid(), self.method or "gptq")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
@@ -99,19 +102,20 @@ def quantize(
     Warns with QuantizationWarning when a weight came out worse than asked for.
     """
     started = time.perf_counter()
+    default = _settings(Grid() if grid is None else grid, method)
     executor = Executor(f, params, batches)
-    plan = _plan(executor.sites, grid or Grid(), method, rules or ())
-    executor.check_weights([site for site in executor.sites if site.path in plan])
+    plan = _plan(executor.sites, *default, rules or ())
+    executor.check_weights([site for site in executor.sites if site.leaf in plan])
     rows: list[Row] = []
     quantized_leaves = {}
     for step in executor.steps:
-        chosen = [site for site in step if site.path in plan]
+        chosen = [site for site in step if site.leaf in plan]
         if not chosen:
             continue
         clock = time.perf_counter()
         hessian = executor.hessian(chosen[0])
         for site in chosen:
-            site_grid, site_method = plan[site.path]
+            site_grid, site_method = plan[site.leaf]
             weight, info = site_method.solve(site.layout.to_matrix(executor.leaf(site)), hessian, site_grid)
             weight = dataclasses.replace(weight, layout=site.layout)
             row = _row(site, weight, info, site_grid, site_method, time.perf_counter() - clock)
@@ -127,7 +131,7 @@ def quantize(
         skipped=tuple(
             (site.path, site.reason if not site.quantizable else "left alone by a rule")
             for site in executor.sites
-            if site.path not in plan
+            if site.leaf not in plan
         ),
         seconds=time.perf_counter() - started,
         programs=executor.programs,
@@ -146,40 +150,86 @@ def quantize(
 _dequantize = jax.jit(dequantize)
 
 
-def _plan(sites, grid: Grid, method: str | Method, rules: Sequence[Rule]) -> dict[str, tuple[Grid, Method]]:
-    """Grid and method of each weight to quantize, by path."""
+def _plan(sites, grid: Grid, method: Method, rules: Sequence[Rule]) -> dict[int, tuple[Grid, Method]]:
+    """Grid and method of each weight to quantize, by the leaf's number: two leaves may read as one path."""
     candidates = [site for site in sites if site.quantizable]
     if not candidates:
         reasons = "; ".join(f"{site.path}: {site.reason}" for site in sites[:5]) or "it has no floating-point leaf"
         raise ValueError(f"the function has no weight that can be quantized ({reasons}); see jgptq.find_weights")
-    plan = {site.path: (grid, _method(method)) for site in candidates}
+    plan = {site.leaf: (grid, method) for site in candidates}
     unmatched = dict(plan)
-    for pattern, options in rules:
-        if not (options is None or isinstance(options, Options)):
-            raise TypeError(
-                f"the rule for {pattern!r} has options {options!r}; give jgptq.Options(...), or None to leave alone"
-            )
+    for pattern, options in _checked_rules(rules):
         matches = pattern if callable(pattern) else lambda site, glob=pattern: fnmatch.fnmatchcase(site.path, glob)
         hits = [site for site in sites if matches(site)]
         if not hits:
             nearest = difflib.get_close_matches(str(pattern), [site.path for site in sites], n=3, cutoff=0.0)
             raise ValueError(f"no weight matches the rule {pattern!r}; the nearest paths are {', '.join(nearest)}")
+        if options is not None and not any(site.quantizable for site in hits):
+            raise ValueError(
+                f"the rule {pattern!r} sets options for {hits[0].path}, which cannot be quantized ({hits[0].reason}); "
+                "remove the rule, or give None instead of options"
+            )
         for site in hits:
-            if unmatched.pop(site.path, None) is None:
+            if unmatched.pop(site.leaf, None) is None:
                 continue
             if options is None:
-                del plan[site.path]
+                del plan[site.leaf]
             else:
-                plan[site.path] = (options.grid or grid, _method(options.method or method))
+                plan[site.leaf] = _settings(options.grid or grid, options.method or method)
     return plan
 
 
-def _method(method: str | Method) -> Method:
+def _checked_rules(rules: Any) -> list[Rule]:
+    if isinstance(rules, str | dict) or not isinstance(rules, Iterable):
+        raise TypeError(f"rules={rules!r}; give a sequence of (pattern, options) pairs")
+    rules = list(rules)
+    for rule in rules:
+        if not isinstance(rule, tuple | list) or len(rule) != 2 or not (isinstance(rule[0], str) or callable(rule[0])):
+            raise TypeError(f"{rule!r} in rules; give a pair of a glob on paths, or a predicate, and options")
+        if not (rule[1] is None or isinstance(rule[1], Options)):
+            raise TypeError(
+                f"the rule for {rule[0]!r} has options {rule[1]!r}; give jgptq.Options(...), or None to leave alone"
+            )
+    return rules
+
+
+def _settings(grid: Any, method: Any) -> tuple[Grid, Method]:
+    """Grid and Method value, checked."""
+    if not isinstance(grid, Grid):
+        raise TypeError(f"grid={grid!r}; give a jgptq.Grid, such as Grid(bits=4, group_size=128)")
     if isinstance(method, str):
         if method not in METHODS:
             raise ValueError(f"method={method!r}; choose one of {tuple(METHODS)}, or give a Method value")
-        return METHODS[method]
-    return method
+        return grid, METHODS[method]
+    if not isinstance(method, Method):
+        raise TypeError(f"method={method!r}; choose one of {tuple(METHODS)}, or give a Method value, such as GPTQ()")
+    return grid, method
+
+
+def _checked_batches(batches: Any) -> list[tuple]:
+    """Each batch as the tuple of the function's inputs."""
+    if isinstance(batches, dict | str) or hasattr(batches, "shape") or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}; give a list of batches, each the tuple of the function's inputs: "
+            "[(x,), ...]"
+        )
+    batches = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    if not batches:
+        raise ValueError("no calibration data: batches is empty; give at least one batch of the function's inputs")
+    for number, batch in enumerate(batches):
+        for leaf in jax.tree.leaves(batch):
+            if not _has_values(leaf):
+                raise TypeError(
+                    f"batch {number} holds a {type(leaf).__name__}; its inputs are arrays or numbers: "
+                    "bind anything else to the function with functools.partial"
+                )
+    return batches
+
+
+def _has_values(leaf: Any) -> bool:
+    if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
+        return False
+    return hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)
 
 
 def _row(site: Site, weight, info, grid: Grid, method: Method, seconds: float) -> Row:
@@ -230,10 +280,12 @@ class Executor:
     """Runs a function's equations over all batches at once, in segments that end at products with weights."""
 
     def __init__(self, f: Callable, params: Any, batches: Iterable[Any], *, keep_outputs: bool = False):
-        batches = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
-        if not batches:
-            raise ValueError("no calibration data: batches is empty; give at least one batch of the function's inputs")
-        self._leaves = [leaf for _, leaf in leaf_paths(params)]
+        batches = _checked_batches(batches)
+        self._leaves = []
+        for path, leaf in leaf_paths(params):
+            if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
+                raise TypeError(f"{path} is a {type(leaf).__name__}, with no values; give arrays, outside of jit")
+            self._leaves.append(leaf)
         self._programs: dict[Program, Program] = {}
         by_shape: dict[Any, list] = {}
         for batch in batches:
@@ -300,7 +352,8 @@ def _all_finite(leaf: jax.Array) -> jax.Array:
 
 
 def _accumulate_step(hessian: Hessian, x: jax.Array, product: Product) -> Hessian:
-    return update_hessian(hessian, product.matrix(x))
+    rows = product.matrix(x)
+    return update_hessian(hessian, rows) if len(rows) else hessian
 
 
 _accumulate = jax.jit(_accumulate_step, static_argnames="product", donate_argnames="hessian")

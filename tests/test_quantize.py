@@ -263,6 +263,55 @@ def dense_layer(p, x):
     return x @ p["w"]
 
 
+def test_leaves_of_one_path_are_two_weights():
+    def f(p, x):
+        return x @ p["a.b"] @ p["a"]["b"]
+
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)
+    only_outer = [(lambda site: site.position == 0, None)]
+    params, batches = {"a.b": w, "a": {"b": w}}, [np.eye(8, dtype=np.float32)] * 3
+    packed, report = jgptq.quantize(f, params, batches, grid=GRID, method="rtn", rules=only_outer)
+    assert is_packed(packed["a"]["b"])
+    assert not is_packed(packed["a.b"])
+    assert len(report.rows) == 1
+
+
+def test_whole_number_activations_and_batches_without_tokens_count_as_they_are():
+    def f(p, x):
+        return jax.lax.dot_general(x.astype(jnp.int8), p["w"], (((1,), (0,)), ((), ())))
+
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((8, 4)), jnp.float32)
+    x = np.random.default_rng(1).integers(-5, 6, (40, 8)).astype(np.float32)
+    packed, report = jgptq.quantize(f, {"w": w}, [x, x[:0]], grid=GRID)
+    expected, _ = GPTQ().solve(w, jgptq.update_hessian(jgptq.init_hessian(8), jnp.asarray(x)), GRID)
+    assert report.rows[0].tokens == 40
+    assert jnp.array_equal(packed["w"].codes, expected.codes)
+
+
+def test_no_batches_of_inputs_but_a_function_of_none():
+    packed, _ = jgptq.quantize(lambda p: jnp.eye(8) @ p["w"], {"w": jnp.eye(8)}, [()], grid=GRID, method="rtn")
+    assert is_packed(packed["w"])
+
+
+@pytest.mark.usefixtures("without_type_checker")
+def test_arguments_of_the_wrong_kind_are_named():
+    params, x = {"w": jnp.ones((8, 4))}, np.ones((20, 8), np.float32)
+    for batches, message in [
+        (x, r"batches is a ndarray; give a list of batches"),
+        ({"x": x}, r"batches is a dict; give a list of batches"),
+        (["text"], r"batch 0 holds a str; its inputs are arrays or numbers: bind anything else"),
+        ([x, jax.ShapeDtypeStruct((20, 8), np.float32)], r"batch 1 holds a ShapeDtypeStruct"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            jgptq.quantize(dense_layer, params, batches)
+    with pytest.raises(TypeError, match=r"grid=\{'bits': 3\}; give a jgptq.Grid"):
+        jgptq.quantize(dense_layer, params, [x], grid={"bits": 3})
+    with pytest.raises(TypeError, match=r"method=3; choose one of \('rtn', 'gptq', 'obq'\), or give a Method value"):
+        Options(method=3)
+    with pytest.raises(TypeError, match=r"w is a ShapeDtypeStruct, with no values; give arrays"):
+        jgptq.quantize(dense_layer, jax.eval_shape(lambda: params), [x])
+
+
 def test_bad_calibration_is_named():
     params = {"w": jnp.ones((8, 4))}
     x = np.ones((20, 8), np.float32)
@@ -288,8 +337,18 @@ def test_rules_that_make_no_sense_are_refused(without_type_checker):
 
     with pytest.raises(ValueError, match=r"no weight matches the rule 'kernle'; the nearest paths are kernel"):
         jgptq.quantize(f, params, batches, rules=[("kernle", None)])
+    for rules in ("kernel", {"kernel": None}):
+        with pytest.raises(TypeError, match=r"give a sequence of \(pattern, options\) pairs"):
+            jgptq.quantize(f, params, batches, rules=rules)
+    with pytest.raises(TypeError, match=r"\('\*',\) in rules; give a pair of a glob on paths"):
+        jgptq.quantize(f, params, batches, rules=[("*",)])
     with pytest.raises(TypeError, match=r"has options \{'bits': 3\}; give jgptq.Options"):
         jgptq.quantize(f, params, batches, rules=[("*", {"bits": 3})])
+    params["bias"] = jnp.ones(4)
+    with pytest.raises(
+        ValueError, match=r"'bias' sets options for bias, which cannot be quantized \(not used\); remove"
+    ):
+        jgptq.quantize(f, params, batches, rules=[("bias", Options(method="rtn"))])
     with pytest.raises(ValueError, match=r"method='gtpq'; choose one of \('rtn', 'gptq', 'obq'\)"):
         jgptq.quantize(f, params, batches, method="gtpq")
 

@@ -7,6 +7,7 @@ dequantized array.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -88,20 +89,46 @@ def _serve(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
 
 
 def _call(equation: jex.JaxprEqn, called: jex.ClosedJaxpr, operands: list[Any]) -> list[Any]:
-    """Runs a called jaxpr in place; under remat, recomputed in the backward pass as the author asked."""
-    if "remat" not in equation.primitive.name and equation.primitive.name != "checkpoint":
+    """Runs a called jaxpr in place, its derivative the one its author asked for: recomputed, or by their own rule."""
+    name, params = equation.primitive.name, equation.params
+    if name.startswith("custom_"):
+        return _call_custom(equation, called, operands)
+    if "remat" not in name and name != "checkpoint":
         return _evaluate(called.jaxpr, called.consts, operands)
 
     floats = [not isinstance(value, _Packed) for value in operands]
 
-    def body(arrays):
+    def body(*arrays):
         rest = iter(arrays)
         full = [next(rest) if is_float else value for is_float, value in zip(floats, operands, strict=True)]
         return [_array(value) for value in _evaluate(called.jaxpr, called.consts, full)]
 
-    arrays = [value for is_float, value in zip(floats, operands, strict=True) if is_float]
-    params = equation.params
-    return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(arrays)
+    prevent_cse = params["prevent_cse"]
+    if isinstance(prevent_cse, tuple):  # one for each operand
+        prevent_cse = tuple(itertools.compress(prevent_cse, floats))
+    return jax.checkpoint(body, prevent_cse=prevent_cse, policy=params["policy"])(*itertools.compress(operands, floats))
+
+
+def _call_custom(equation: jex.JaxprEqn, called: jex.ClosedJaxpr, operands: list[Any]) -> list[Any]:
+    """A custom_jvp or custom_vjp call: its value from the packed weights, its rule on the dequantized ones."""
+
+    def unpacked(arrays):
+        pairs = zip(operands, arrays, strict=True)
+        return [dataclasses.replace(v, weight=a) if isinstance(v, _Packed) else a for v, a in pairs]
+
+    def served(*arrays):
+        return [_array(value) for value in _evaluate(called.jaxpr, called.consts, unpacked(arrays))]
+
+    def dense(*arrays):
+        return _bind(equation, [_array(value) for value in unpacked(arrays)])
+
+    if equation.primitive.name == "custom_jvp_call":
+        call = jax.custom_jvp(served)
+        call.defjvp(lambda primals, tangents: jax.jvp(dense, primals, tangents))
+    else:
+        call = jax.custom_vjp(served)
+        call.defvjp(lambda *arrays: (served(*arrays), arrays), lambda arrays, g: jax.vjp(dense, *arrays)[1](g))
+    return call(*(value.weight if isinstance(value, _Packed) else value for value in operands))
 
 
 def _product(equation: jex.JaxprEqn, operands: list[Any]) -> jax.Array | None:
@@ -117,13 +144,16 @@ def _product(equation: jex.JaxprEqn, operands: list[Any]) -> jax.Array | None:
     free = tuple(axis for axis in range(len(view)) if axis not in contracted[side])
     if views.layout(weight.layout.shape, view, (), tuple(contracted[side]), free) != weight.layout:
         return None
+    if jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.complexfloating):
+        return None
 
     tokens = tuple(axis for axis in range(x.ndim) if axis not in contracted[1 - side])
     token_shape = tuple(x.shape[axis] for axis in tokens)
-    rows = x.transpose(*tokens, *contracted[1 - side]).reshape(*token_shape, -1)
-    # The product's own types decide: a weight cast to bfloat16 before use is served in bfloat16.
+    rows = x.transpose(*tokens, *contracted[1 - side]).reshape(*token_shape, weight.in_features)
+    # The product's own types decide: a weight cast to bfloat16 before use is served in bfloat16, unless the result
+    # is wanted in float32: matmul's results have the dtype of its rows.
     dtype = equation.outvars[0].aval.dtype
-    rows = rows.astype(jnp.result_type(rows.dtype, equation.invars[side].aval.dtype))
+    rows = rows.astype(jnp.promote_types(jnp.result_type(rows.dtype, equation.invars[side].aval.dtype), dtype))
     outputs = tuple(equation.invars[side].aval.shape[axis] for axis in free)
     result = matmul(rows, weight).reshape(*token_shape, *outputs).astype(dtype)
     if side == 0:  # dot_general puts the first operand's axes first

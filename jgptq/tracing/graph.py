@@ -5,6 +5,7 @@ leaf (transposed, reshaped, cast) is followed back to the leaf.
 """
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -28,9 +29,10 @@ class Product:
     contracted: tuple[int, ...]
 
     def matrix(self, x: jax.Array) -> jax.Array:
-        """The activation as (tokens, in) rows."""
-        rows = int(np.prod([x.shape[axis] for axis in self.tokens], dtype=int))
-        return x.transpose(*self.tokens, *self.contracted).reshape(rows, -1)
+        """The activation as (tokens, in) rows; whole numbers become float32."""
+        rows, columns = (math.prod(x.shape[axis] for axis in axes) for axes in (self.tokens, self.contracted))
+        matrix = x.transpose(*self.tokens, *self.contracted).reshape(rows, columns)
+        return matrix if jnp.issubdtype(x.dtype, jnp.floating) else matrix.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,10 +85,17 @@ def is_quantized(leaf: Any) -> bool:
 
 def trace(f: Callable, params: Any, *inputs: Any) -> Graph:
     """Traces f(params, *inputs); parameter leaves may be anything with a shape and a dtype."""
+    if not callable(f):
+        raise TypeError(f"f is a {type(f).__name__}; give a function f(params, *inputs)")
     named = leaf_paths(params)
     for path, leaf in named:
         if is_quantized(leaf):
             raise ValueError(f"{path} is already a QuantizedTensor; give float parameters (dequantize it first)")
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)):
+            raise TypeError(
+                f"{path} is a {type(leaf).__name__}; parameters are arrays or numbers: "
+                "bind anything else to f with functools.partial"
+            )
     abstract = jax.tree.map(as_abstract, params)
     closed, output = jax.make_jaxpr(f, return_shape=True)(abstract, *inputs)
     constants: dict[jex.Var, Any] = {}
@@ -121,7 +130,8 @@ def find_weights(f: Callable, params: Any, *inputs: Any) -> list[Site]:
 def as_abstract(leaf: Any) -> Any:
     """A leaf's shape and dtype, without its bytes."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        # A weakly typed leaf takes the dtype of what it meets: it must do so here as well.
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
     return leaf
 
 
@@ -152,7 +162,6 @@ CALLS = (
     "custom_jvp_call",
     "custom_vjp_call",
     "custom_vjp_call_jaxpr",
-    "custom_lin",
 )
 
 
@@ -295,6 +304,10 @@ def _product(equation, side: int, view: views.View, shape: tuple[int, ...]) -> t
     activation = equation.invars[1 - side].aval
     if batch[side]:
         return "a batched product"
+    if 0 in shape:
+        return "a product of no elements"
+    if jnp.issubdtype(activation.dtype, jnp.complexfloating):
+        return "a complex product"
     free = tuple(axis for axis in range(len(view)) if axis not in contracted[side])
     tokens = tuple(axis for axis in range(len(activation.shape)) if axis not in contracted[1 - side])
     layout = views.layout(shape, view, (), tuple(contracted[side]), free)

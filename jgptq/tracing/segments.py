@@ -47,8 +47,9 @@ def segment(graph: Graph, start: int, stop: int, live: set[jex.Var]) -> Segment:
     """
     body = [e for e in graph.equations[start:stop] if not any(var in graph.leaf_views for var in e.outvars)]
     used = [atom for equation in body for atom in equation.invars if isinstance(atom, jex.Var)]
-    # A view that is itself wanted later (an output of the function) is made here too.
-    made_here = [v for v, (_, position) in graph.leaf_views.items() if start <= position < stop and v in live]
+    # No view is carried to a later segment, which would hold it once a batch; only the function's own outputs are.
+    wanted = {atom for atom in graph.outputs if isinstance(atom, jex.Var) and atom in graph.leaf_views} & live
+    made_here = [var for var in wanted if start <= graph.leaf_views[var][1] < stop]
     positions: set[int] = set()
     pending = [var for var in (*used, *made_here) if var in graph.leaf_views]
     while pending:
@@ -65,8 +66,18 @@ def segment(graph: Graph, start: int, stop: int, live: set[jex.Var]) -> Segment:
             if isinstance(atom, jex.Var) and atom not in defined:
                 inputs[atom] = None
         defined.update(equation.outvars)
-    outputs = [var for equation in equations for var in equation.outvars if var in live]
+    results = [var for equation in equations for var in equation.outvars if var in live]
+    outputs = [var for var in results if var in made_here or var not in graph.leaf_views]
+    _check_no_references(outputs)
     return Segment(Program(list(inputs), outputs, equations), list(inputs), outputs)
+
+
+def _check_no_references(outputs: list[jex.Var]) -> None:
+    if any("Ref" in type(var.aval).__name__ for var in outputs):
+        raise ValueError(
+            "the function changes an array in place (jax.new_ref) across a product with a weight, which no segment "
+            "can pass on; return the new value instead, or make and use the reference between two products"
+        )
 
 
 def _jaxpr_text(jaxpr: jex.Jaxpr, consts: tuple = ()) -> tuple:
@@ -82,6 +93,7 @@ def _jaxpr_text(jaxpr: jex.Jaxpr, consts: tuple = ()) -> tuple:
     lines = tuple(
         (
             equation.primitive,
+            (equation.ctx.threefry_partitionable, equation.ctx.compute_type),
             _params_text(equation),
             tuple(name(atom) for atom in equation.invars),
             tuple((name(var), var.aval) for var in equation.outvars),

@@ -39,7 +39,7 @@ def follow(view: View, equation) -> View | None:
     if name == "convert_element_type":
         dtypes = (equation.invars[0].aval.dtype, params["new_dtype"])
         return view if all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes) else None
-    return view if name in ("copy", "copy_p", "stop_gradient", "sharding_constraint") else None
+    return view if name in ("copy", "copy_p", "name", "sharding_constraint") else None
 
 
 def layout(shape: tuple[int, ...], view: View, batch: tuple, contracted: tuple, free: tuple) -> Layout:

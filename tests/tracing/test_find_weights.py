@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jgptq import find_weights
 from jgptq.tensor import Layout
@@ -51,6 +52,7 @@ PRODUCTS = {
     "remat": (lambda w, x: jax.checkpoint(lambda a, b: jnp.sin(a @ b))(x, w), (24, 8), (0,), (1,)),
     "custom_jvp": (lambda w, x: jax.nn.relu(x @ w), (24, 8), (0,), (1,)),
     "vmap over inputs": (lambda w, x: jax.vmap(lambda row: row @ w)(x), (24, 8), (0,), (1,)),
+    "named for remat": (lambda w, x: x @ checkpoint_name(w, "w"), (24, 8), (0,), (1,)),
     "vector": (lambda w, x: x @ w, (24,), (0,), ()),
 }
 
@@ -94,6 +96,7 @@ REFUSED = {
         lambda p, x: jax.lax.scan(lambda c, _: (c @ p["w"], None), x, None, length=2)[0],
         "scan",
     ),
+    "complex": (lambda p, x: jax.lax.dot_general(x * 1j, p["w"], (((2,), (0,)), ((), ()))), "a complex product"),
     "unused": (lambda p, x: x, "not used"),
 }
 
@@ -169,6 +172,30 @@ def test_quantized_params_are_refused_with_the_path():
     packed, _ = rtn(jnp.ones((24, 8)), Grid(group_size=8))
     with pytest.raises(ValueError, match=r"w is already a QuantizedTensor; give float parameters"):
         find_weights(lambda p, x: x @ p["w"], {"w": packed}, X)
+
+
+def test_a_weight_of_no_elements_is_left_alone():
+    (empty,) = find_weights(lambda p, x: x @ p, shaped(24, 0), X)
+    assert (empty.quantizable, empty.reason) == (
+        False,
+        "no product with an activation (used in a product of no elements)",
+    )
+
+
+def test_a_weakly_typed_leaf_takes_the_dtype_of_what_it_meets():
+    weak = jax.lax.full_like(jnp.asarray(1.0), 0.5)
+    assert weak.weak_type
+    (site, _) = find_weights(
+        lambda p, x: (x.astype(jnp.bfloat16) * p[1]) @ p[0].astype(jnp.bfloat16), [shaped(24, 8), weak], X
+    )
+    assert site.activation.aval.dtype == jnp.bfloat16
+
+
+def test_what_cannot_be_traced_is_named(without_type_checker):
+    with pytest.raises(TypeError, match=r"f is a dict; give a function f\(params, \*inputs\)"):
+        find_weights({"w": X}, lambda p, x: x)
+    with pytest.raises(TypeError, match=r"name is a str; parameters are arrays or numbers: bind anything else"):
+        find_weights(lambda p, x: x, {"name": "a"}, X)
 
 
 def test_keyword_and_static_arguments_are_closed_over():
