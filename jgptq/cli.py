@@ -6,6 +6,7 @@ Results go to stdout; progress and warnings to stderr. Bad input ends in one lin
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"jgptq: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError as error:  # out of memory, mostly
+        print(f"jgptq: error: {' '.join(str(error).split())}; try a smaller --seq-len", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("jgptq: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -139,6 +143,9 @@ def _demo(options: argparse.Namespace) -> None:
 def _quantize(options: argparse.Namespace) -> None:
     if options.out.exists():
         raise FileExistsError(f"{options.out} exists; choose a new directory, or remove it first")
+    _check_writable(options.out)
+    if options.seed < 0:
+        raise ValueError(f"--seed {options.seed}; give 0 or a positive integer")
     if options.group_size != -1 and options.group_size < 1:
         raise ValueError(f"--group-size {options.group_size}; give a positive number, or -1 for all inputs")
     grid = Grid(
@@ -152,7 +159,7 @@ def _quantize(options: argparse.Namespace) -> None:
         options.calibration,
         tokenizer,
         samples=options.samples,
-        seq_len=options.seq_len or _window(model),
+        seq_len=_window(model, options.seq_len),
         seed=options.seed,
     )
     before = nbytes(params)
@@ -176,7 +183,7 @@ def _eval(options: argparse.Namespace) -> None:
         if options.tokens < 2:
             raise ValueError(f"--tokens {options.tokens}; give at least 2")
         tokens = tokens[: options.tokens]
-    settings = {"seq_len": options.seq_len or _window(model), "bos_token_id": calibration.bos_token(tokenizer)}
+    settings = {"seq_len": _window(model, options.seq_len), "bos_token_id": calibration.bos_token(tokenizer)}
     with _progress() as progress:
         task = progress.add_task("evaluating", total=None, loss="")
 
@@ -234,8 +241,20 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
-def _window(model: Any) -> int:
-    return min(model.config.max_position_embeddings, 2048)
+def _window(model: Any, seq_len: int | None) -> int:
+    context = model.config.max_position_embeddings
+    if seq_len is None:
+        return min(context, 2048)
+    if seq_len > context:
+        raise ValueError(f"--seq-len {seq_len}, but the model's context is {context} tokens; give at most that")
+    return seq_len
+
+
+def _check_writable(out: Path) -> None:
+    """Refuses before hours of work what could not be written after them."""
+    parent = next(parent for parent in out.absolute().parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise PermissionError(f"{parent} is no directory that you can write to; choose another place for {out.name}")
 
 
 def _progress() -> Progress:

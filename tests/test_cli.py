@@ -137,6 +137,15 @@ BAD = {
     ),
     "no command": (lambda home: [], "the following arguments are required: command"),
     "unknown option": (lambda home: ["demo", "--fast"], "unrecognized arguments: --fast"),
+    "negative seed": (lambda home: quantize_arguments(home, home / "o", "--seed", "-1"), "--seed -1; give 0 or"),
+    "window beyond the context": (
+        lambda home: quantize_arguments(home, home / "o", "--seq-len", "65"),
+        "--seq-len 65, but the model's context is 64 tokens; give at most that",
+    ),
+    "out below a file": (
+        lambda home: quantize_arguments(home, home / "text.txt" / "o"),
+        "text.txt is no directory that you can write to; choose another place for o",
+    ),
     "one token": (
         lambda home: ["eval", str(home / "float"), "--text", str(home / "text.txt"), "--tokens", "1"],
         "--tokens 1; give at least 2",
