@@ -125,7 +125,7 @@ def fit(w: Float[Array, "group out"], grid: Grid | Levels) -> tuple[Float[Array,
     return round_scales(scale, grid.scale_dtype), zero
 
 
-# Shrink factors that `search` tries: the min/max range rarely wants to grow, and never to a quarter.
+# Shrink factors that `search` tries. Less than a third of the range is never best, more than all of it rarely.
 SHRINKS = tuple(1.0 - 0.02 * k for k in range(35))
 
 
