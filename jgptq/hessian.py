@@ -101,13 +101,14 @@ def factor(h: Float[Array, "in in"], damp: Float[Array, ""] | float) -> Factor:
     scale = jnp.sum(jnp.where(live, diagonal, 0.0)) / jnp.maximum(jnp.sum(live), 1)
     scale = jnp.where(scale > 0, scale, 1.0)
     revived = jnp.where(live, 0.0, scale)
-    undamped = h + jnp.diag(revived)
-    eye = jnp.eye(h.shape[0], dtype=h.dtype)
+    inputs = jnp.arange(h.shape[0])
+    on_diagonal = inputs[:, None] == inputs[None, :]
 
     def attempt(state):
         damp, *_ = state
         # The Cholesky factor of the matrix read backwards is the upper-triangular factor of the matrix itself.
-        lower = lax.linalg.cholesky((undamped + damp * scale * eye)[::-1, ::-1], symmetrize_input=False)
+        damped = h + jnp.where(on_diagonal, (revived + damp * scale)[None, :], 0.0)
+        lower = lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
         upper = lower[::-1, ::-1]
         root = jnp.diagonal(upper)
         pivots = root * root
@@ -120,6 +121,7 @@ def factor(h: Float[Array, "in in"], damp: Float[Array, ""] | float) -> Factor:
 
     start = (jnp.asarray(damp, jnp.float32), jnp.zeros_like(h), jnp.zeros_like(diagonal), jnp.zeros((), bool))
     damp, upper, pivots, sound = lax.while_loop(unsound, attempt, start)
+    damp = jnp.where(sound, damp, 0.1 * damp)  # the last one tried
     return Factor(upper, pivots, revived + damp * scale, damp, ~sound)
 
 

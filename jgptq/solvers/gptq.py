@@ -38,7 +38,7 @@ CHUNK = 512
 class GPTQ:
     """The method value; see `gptq` for the options, whose defaults here are the more accurate ones.
 
-    On stories260K (4 bits, group 32, asymmetric) KL to the float model falls from 0.057 to 0.052 with the search.
+    On stories260K (4 bits, group 32, asymmetric) the search lowers KL to the float model from 0.056 to 0.052.
     """
 
     act_order: ActOrder = "group"
@@ -73,10 +73,9 @@ def gptq(
 
     act_order: the order in which inputs are quantized. False: as they come. True: by falling diagonal of the
         Hessian, groups formed in that order, the permutation kept in the tensor (one group alone needs none).
-        "static": the same order, but each
-        input uses its natural group's grid, fitted to the original weight beforehand: no permutation at inference.
-        "group": group-aware reordering: groups by their largest diagonal, inputs by diagonal within a group; no
-        permutation either.
+        "static": the same order, but each input uses its natural group's grid, fitted to the original weight
+        beforehand: no permutation at inference. "group": group-aware reordering: groups by their largest diagonal,
+        inputs by diagonal within a group; no permutation either.
     damp: added to the diagonal, in units of its mean; grows tenfold while the factorization fails (info.damp).
     block_size: inputs in a lazy batch; changes speed, not the codes (but for rounding in float32).
     scale_search: shrink each group's range to what rounds it best (see jgptq.grid.search), rather than use all of it.
@@ -292,9 +291,15 @@ def _compensated(w, feedback, upper):
     so far. Feedback is in the basis of M, so w + M⁻ᵀ feedback."""
     if feedback is None:
         return w
-    return w + lax.linalg.triangular_solve(
-        upper, feedback, left_side=True, lower=False, transpose_a=True, unit_diagonal=True
-    )
+    # A library solve with so few rows spends most of its time starting threads (on a CPU).
+    eye = jnp.eye(upper.shape[0], dtype=upper.dtype)
+
+    def substitute(i, inverse):
+        j = upper.shape[0] - 1 - i
+        return inverse.at[j].set(eye[j] - jnp.dot(upper[j] - eye[j], inverse, precision=HIGHEST))
+
+    inverse = lax.fori_loop(1, upper.shape[0], substitute, eye)
+    return w + jnp.dot(inverse.T, feedback, precision=HIGHEST)
 
 
 def _strip(w, feedback, upper, pivots, rows, grid) -> _Solution:
