@@ -6,6 +6,7 @@ Results go to stdout; progress and warnings to stderr. Bad input ends in one lin
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import warnings
@@ -197,6 +198,8 @@ def _eval(options: argparse.Namespace) -> None:
             )
         else:
             result = {"perplexity": perplexity(model, params, tokens, **settings, progress=advance)}
+    if math.isnan(result["perplexity"]):
+        raise ValueError(f"the logits of {options.model} are NaN on this text; check its weights for NaN or infinity")
     result = {"model": str(options.model), "text": str(options.text), "text_tokens": len(tokens), **settings} | result
     if options.json:
         print(json.dumps(result, indent=1))

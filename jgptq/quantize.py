@@ -286,6 +286,7 @@ class Executor:
             if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
                 raise TypeError(f"{path} is a {type(leaf).__name__}, with no values; give arrays, outside of jit")
             self._leaves.append(leaf)
+        self._solved: list[Site] = []
         self._programs: dict[Program, Program] = {}
         by_shape: dict[Any, list] = {}
         for batch in batches:
@@ -315,6 +316,7 @@ class Executor:
     def replace(self, site: Site, leaf: jax.Array) -> None:
         """Puts a leaf in place of a weight for all equations still to run."""
         self._leaves[site.leaf] = leaf
+        self._solved.append(site)
 
     def check_weights(self, sites: Sequence[Site]) -> None:
         flags = [_all_finite(self.leaf(site)) for site in sites]
@@ -331,7 +333,15 @@ class Executor:
             first = stream.steps[step][0]
             for x in stream.values(first.activation):
                 hessian = _accumulate(hessian, x, first.product)
+        self._drop_spent()
         return hessian
+
+    def _drop_spent(self) -> None:
+        """Forgets the replacements whose one product every batch has passed."""
+        for site in self._solved:
+            if all(stream.has_passed(site.leaf) for stream in self._streams):
+                self._leaves[site.leaf] = None
+        self._solved = [site for site in self._solved if self._leaves[site.leaf] is not None]
 
     def outputs(self) -> list[Any]:
         """The function's outputs for each batch (batches of one shape together); needs keep_outputs."""

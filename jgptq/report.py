@@ -20,26 +20,24 @@ def report_json(report: Report) -> str:
 def report_table(report: Report) -> Table:
     """A row for each quantized weight, in order of solving."""
     table = Table(title=f"{len(report.rows)} weights quantized in {report.seconds:.1f} s")
-    _add_columns(table, ("weight", "shape", "bits", "group", "tokens", "loss", "rel. error", "damping", "seconds"))
+    _add_columns(table, ("weight", "shape", "bits", "group", "loss", "rel. error", "seconds"))
     for row in report.rows:
         table.add_row(
             row.path,
             shape_text(row.shape),
             str(row.bits),
             str(row.group_size),
-            str(row.tokens),
             f"{row.loss:.4g}",
             f"{row.relative_error:.2e}",
-            f"{row.damp:g}",
             f"{row.seconds:.2f}",
         )
     return table
 
 
 def weights_table(params: Any, errors: dict[str, float]) -> Table:
-    """Every leaf of a parameter tree: shape, bits, group, bytes and, where known, relative output error by path."""
+    """Every leaf of a parameter tree: shape, bits (a float leaf's dtype), group, bytes and, where known, error."""
     table = Table()
-    _add_columns(table, ("weight", "shape", "dtype", "bits", "group", "zeros", "bytes", "rel. error"))
+    _add_columns(table, ("weight", "shape", "bits", "group", "bytes", "rel. error"))
     total = 0
     for path, leaf in leaf_paths(params):
         total += leaf.nbytes
@@ -47,15 +45,13 @@ def weights_table(params: Any, errors: dict[str, float]) -> Table:
         table.add_row(
             path,
             shape_text(leaf.shape),
-            np.dtype(leaf.dtype).name,
-            str(leaf.bits) if packed else "",
+            str(leaf.bits) if packed else np.dtype(leaf.dtype).name,
             str(leaf.group_size) if packed else "",
-            ("symmetric" if leaf.symmetric else "fitted") if packed else "",
             f"{leaf.nbytes:,}",
             f"{errors[path]:.2e}" if path in errors else "",
         )
     table.add_section()
-    table.add_row("total", "", "", "", "", "", f"{total:,}", "")
+    table.add_row("total", "", "", "", f"{total:,}", "")
     return table
 
 

@@ -1,5 +1,7 @@
 """The one door to the dequantize-matmul: checks the arguments and chooses an implementation."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -10,10 +12,15 @@ IMPLEMENTATIONS = {"xla": xla.matmul}
 
 
 def matmul(
-    x: Float[Array, "*batch in"], weight: tensor.QuantizedTensor, *, implementation: str | None = None
+    x: Float[Array, "*batch in"],
+    weight: tensor.QuantizedTensor,
+    *,
+    preferred_element_type: Any = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*batch out"]:
-    """x @ W for a packed W seen as an (in, out) matrix, in x's dtype; products are summed in float32.
+    """x @ W for a packed W seen as an (in, out) matrix; products are summed in float32.
 
+    preferred_element_type: dtype of the result, as in jnp.matmul; None: x's dtype.
     implementation: a name in IMPLEMENTATIONS forces that one; None chooses (today "xla" on every platform).
     Differentiable with respect to x, in forward and reverse mode.
     """
@@ -33,4 +40,4 @@ def matmul(
         raise TypeError(f"x has dtype {x.dtype}; give a floating-point array")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}; choose one of {tuple(IMPLEMENTATIONS)}, or None")
-    return IMPLEMENTATIONS[implementation or "xla"](x, weight)
+    return IMPLEMENTATIONS[implementation or "xla"](x, weight, preferred_element_type or x.dtype)

@@ -1,5 +1,7 @@
 """The product in plain XLA: dequantize once a call, then the library's matrix product. Runs on every platform."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -7,8 +9,10 @@ from jaxtyping import Array, Float
 from jgptq import tensor
 
 
-def matmul(x: Float[Array, "*batch in"], weight: tensor.QuantizedTensor) -> Float[Array, "*batch out"]:
-    """x @ weight with float32 accumulation, in x's dtype."""
+def matmul(
+    x: Float[Array, "*batch in"], weight: tensor.QuantizedTensor, result_dtype: Any
+) -> Float[Array, "*batch out"]:
+    """x @ weight with float32 accumulation."""
     if weight.permutation is not None:
         x = jnp.take(x, weight.permutation, axis=-1)
     # A float32 product is exact to float32; narrower ones have nothing to gain from more passes.
@@ -19,4 +23,4 @@ def matmul(x: Float[Array, "*batch in"], weight: tensor.QuantizedTensor) -> Floa
         precision=precision,
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
     )
-    return product.astype(x.dtype)
+    return product.astype(result_dtype)

@@ -83,7 +83,7 @@ def gptq(
     Dead inputs (always zero in calibration) are rounded to nearest. Each group's grid is fitted to the weights as
     compensated when the group is reached.
     """
-    check_weight(w)
+    check_weight(w, grid)
     check_hessian(w, hessian)
     # 0 and 1 equal False and True, but are not them.
     if not isinstance(act_order, bool | str) or act_order not in ACT_ORDERS:

@@ -46,7 +46,11 @@ class Method(Protocol):
         ...
 
 
-def check_weight(w: Array) -> None:
+def check_weight(w: Array, grid: Grid) -> None:
+    if not isinstance(grid, Grid):
+        raise TypeError(f"grid={grid!r}; give a jgptq.Grid, such as Grid(bits=4, group_size=128)")
+    if not hasattr(w, "ndim"):
+        raise TypeError(f"w is a {type(w).__name__}; give an array of shape (in, out)")
     if w.ndim != 2 or 0 in w.shape:
         raise ValueError(f"w has shape {tuple(w.shape)}; give one nonempty (in, out) matrix, or jax.vmap over a stack")
     if not jnp.issubdtype(w.dtype, jnp.floating):

@@ -41,7 +41,7 @@ def obq(
     Takes in³ operations and in² numbers for each output feature: meant for a few hundred inputs. Greedy choices
     between near ties are taken in float32 unless JAX has 64-bit types enabled. damp as in `gptq`.
     """
-    check_weight(w)
+    check_weight(w, grid)
     check_hessian(w, hessian)
     check_damp(damp)
     return _obq(w, hessian, grid, damp)

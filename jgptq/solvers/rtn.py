@@ -30,7 +30,7 @@ def rtn(
 
     hessian: only to report the loss and relative output error; without it they are those of white inputs (H = I).
     """
-    check_weight(w)
+    check_weight(w, grid)
     if hessian is None:
         hessian = Hessian(jnp.eye(w.shape[0], dtype=jnp.float32), jnp.ones((), jnp.int32))
     check_hessian(w, hessian)

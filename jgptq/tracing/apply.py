@@ -150,12 +150,11 @@ def _product(equation: jex.JaxprEqn, operands: list[Any]) -> jax.Array | None:
     tokens = tuple(axis for axis in range(x.ndim) if axis not in contracted[1 - side])
     token_shape = tuple(x.shape[axis] for axis in tokens)
     rows = x.transpose(*tokens, *contracted[1 - side]).reshape(*token_shape, weight.in_features)
-    # The product's own types decide: a weight cast to bfloat16 before use is served in bfloat16, unless the result
-    # is wanted in float32: matmul's results have the dtype of its rows.
-    dtype = equation.outvars[0].aval.dtype
-    rows = rows.astype(jnp.promote_types(jnp.result_type(rows.dtype, equation.invars[side].aval.dtype), dtype))
+    # The product's own types decide: a weight cast to bfloat16 before use is served in bfloat16.
+    rows = rows.astype(jnp.result_type(rows.dtype, equation.invars[side].aval.dtype))
+    result = matmul(rows, weight, preferred_element_type=equation.outvars[0].aval.dtype)
     outputs = tuple(equation.invars[side].aval.shape[axis] for axis in free)
-    result = matmul(rows, weight).reshape(*token_shape, *outputs).astype(dtype)
+    result = result.reshape(*token_shape, *outputs)
     if side == 0:  # dot_general puts the first operand's axes first
         count = len(token_shape)
         result = result.transpose(*range(count, result.ndim), *range(count))

@@ -289,7 +289,7 @@ def _find_sites(named, equations, outputs, leaves, leaf_views, view_of) -> list[
 def _verdict(products: list[dict], others: list[str]) -> tuple[bool, str]:
     uses = ", ".join(dict.fromkeys(others))
     if not products:
-        return False, f"no product with an activation (used in {uses})" if uses else "not used"
+        return False, f"no product that could be quantized (used in {uses})" if uses else "not used"
     if len(products) > 1:
         return False, f"used in {len(products)} products" + (f" and in {uses}" if uses else "")
     if others:

@@ -40,6 +40,10 @@ class Stream:
                 del values[var]
         self._position = position
 
+    def has_passed(self, leaf: int) -> bool:
+        """Whether the equations run so far include the product of a quantizable leaf."""
+        return next(site for step in self.steps for site in step if site.leaf == leaf).position < self._position
+
     def outputs(self) -> list[Any]:
         """Runs to the end: the function's outputs for each batch, in its own tree; needs keep_outputs."""
         self.advance(len(self.graph.equations))

@@ -178,7 +178,7 @@ def test_a_weight_of_no_elements_is_left_alone():
     (empty,) = find_weights(lambda p, x: x @ p, shaped(24, 0), X)
     assert (empty.quantizable, empty.reason) == (
         False,
-        "no product with an activation (used in a product of no elements)",
+        "no product that could be quantized (used in a product of no elements)",
     )
 
 

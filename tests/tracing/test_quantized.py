@@ -88,8 +88,8 @@ def test_a_product_in_bfloat16_summed_to_float32_is_not_rounded_to_bfloat16(para
         return jnp.dot(x.astype(jnp.bfloat16), p["w"].astype(jnp.bfloat16), preferred_element_type=jnp.float32)
 
     got = jgptq.quantized(f)(params, X)
-    exact = np.asarray(X.astype(jnp.bfloat16), np.float64) @ np.asarray(dense(params)["w"], np.float64)
-    np.testing.assert_allclose(got, exact, atol=1e-5)  # bfloat16 rounding would cost 1e-3
+    x, w = (np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (X, dense(params)["w"]))
+    np.testing.assert_allclose(got, x @ w, atol=1e-5)  # bfloat16 rounding would cost 1e-3
     assert got.dtype == jnp.float32
 
 
