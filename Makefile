@@ -16,8 +16,8 @@ test: $(VENV)/installed-test $(FLAX_VENV)/installed lint
 	$(VENV)/bin/python -m pytest -q -n 2 --ignore=tests/flax_ports
 
 lint: $(VENV)/installed-test
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check jgptq tests benchmarks examples
+	$(VENV)/bin/ruff format --check jgptq tests benchmarks examples
 
 # The figures that need no GPU; results go to benchmarks/results.
 bench: $(VENV)/installed-test
