@@ -1,0 +1,16 @@
+"""What was quantized and what it cost: as JSON, as tables for a terminal, and as one HTML page with plots."""
+
+from jgptq.report.page import report_html
+from jgptq.report.record import read_report, report_json, totals
+from jgptq.report.tables import nbytes, report_table, shape_text, weights_table
+
+__all__ = [
+    "nbytes",
+    "read_report",
+    "report_html",
+    "report_json",
+    "report_table",
+    "shape_text",
+    "totals",
+    "weights_table",
+]
