@@ -10,23 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import jax  # noqa: F401  (teaches NumPy the name "bfloat16", which safetensors asks it for)
-import numpy as np
-from safetensors import SafetensorError, safe_open
+from jgptq.checkpoints.tensor_file import StoredTensor, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StoredTensor:
-    """Where a tensor lies, and what its file's header says of it; dtype in safetensors' names ("F32", "BF16")."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,10 +26,6 @@ class Checkpoint:
     config: Mapping[str, Any]
     quantization: Mapping[str, Any] | None
     tensors: Mapping[str, StoredTensor]
-
-    def read(self, name: str) -> np.ndarray:
-        with safe_open(self.tensors[name].file, framework="numpy") as file:
-            return file.get_tensor(name)
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -94,7 +79,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     if (directory / WEIGHTS).is_file():
-        return _header(directory / WEIGHTS)
+        return _tensors_of(directory / WEIGHTS)
     if not (directory / INDEX).is_file():
         others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
         found = f" (found {', '.join(others)}, but only safetensors is read)" if others else ""
@@ -109,18 +94,12 @@ def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{directory / INDEX} names {shard!r}; a shard must be a .safetensors file beside it")
         if not (directory / shard).is_file():
             raise FileNotFoundError(f"{directory / INDEX} names {shard}, which is missing; fetch it again")
-        headers[shard] = _header(directory / shard)
+        headers[shard] = _tensors_of(directory / shard)
     return {name: headers[shard][name] for name, shard in weight_map.items() if name in headers[shard]}
 
 
-def _header(file: Path) -> dict[str, StoredTensor]:
-    """What a safetensors file holds; safetensors checks that sizes, offsets and the file's length agree."""
+def _tensors_of(file: Path) -> dict[str, StoredTensor]:
     try:
-        with safe_open(file, framework="numpy") as tensors:
-            views = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-            return {
-                name: StoredTensor(file=file, shape=tuple(view.get_shape()), dtype=view.get_dtype())
-                for name, view in views.items()
-            }
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error
+        return read_header(file)[0]
+    except ValueError as error:
+        raise ValueError(f"{error}; fetch it again") from error

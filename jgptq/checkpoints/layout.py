@@ -24,10 +24,11 @@ class Format:
     name: the quant_method it reads and writes.
     marker: the last part of the tensor name that only a packed module has.
     parse: quantization_config -> Settings; ValueError for what is not supported.
-    expected: (Settings, module, in_features, out_features) -> tensors by the last part of their names.
+    expected: (Settings, module, in_features, out_features) -> tensors by the last part of their names. One that may
+        have several dtypes is written in that of the weight's scales.
     decode: (Settings, module, tensors, logical dtype or None) -> QuantizedTensor; tensors already checked.
     describe: (weights by module, modules left alone, dtype of the model) -> quantization_config.
-    encode: (Settings, weight) -> tensors; decode(encode(weight)) is bit for bit the weight.
+    encode: (Settings, weight) -> tensors, in the order of `expected`; decode(encode(weight)) is bit for bit the weight.
     """
 
     name: str

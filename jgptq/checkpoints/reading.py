@@ -1,6 +1,7 @@
 """load: a model directory, float or packed, to a LanguageModel and its parameters."""
 
 import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -14,17 +15,20 @@ import numpy as np
 from jgptq.checkpoints import huggingface
 from jgptq.checkpoints.formats import FORMATS
 from jgptq.checkpoints.layout import ExpectedTensor, Format
+from jgptq.checkpoints.tensor_file import StoredTensor
 from jgptq.models import MODELS, LanguageModel
 from jgptq.tensor import QuantizedTensor
 
 FLOATS = ("F16", "BF16", "F32", "F64")
+BLOCK = 1 << 20  # elements of a weight that are transposed at once
 
 
-def load(path: str | Path, *, dtype: Any | None = None) -> tuple[LanguageModel, dict]:
+def load(path: str | Path, *, dtype: Any | None = None, lazy: bool = False) -> tuple[LanguageModel, dict]:
     """The model in a Hugging Face directory (or hub id), and its parameters.
 
     Packed weights come back as QuantizedTensors, bit for bit as stored. dtype: of float parameters and of the
     arrays that packed ones stand for; None: as stored (float64, which JAX does not have by default, as float32).
+    lazy: float parameters stay on disk as LazyParameters, for `quantize` and `save`, which read one when needed.
 
     Everything is checked against the architecture before anything is read: FileNotFoundError or ValueError in one
     line, all missing and misshapen tensors at once. Tensors the model has no place for are named in a UserWarning.
@@ -40,7 +44,41 @@ def load(path: str | Path, *, dtype: Any | None = None) -> tuple[LanguageModel, 
     _check(checkpoint, jax.tree.leaves(plans))
     _warn_of_unused(checkpoint, model, jax.tree.leaves(plans))
     stored_dtype = _stored_dtype(checkpoint)
-    return model, jax.tree.map(lambda plan: _read(checkpoint, plan, packing, settings, dtype, stored_dtype), plans)
+    params = jax.tree.map(lambda plan: _read(checkpoint, plan, packing, settings, dtype, stored_dtype), plans)
+    if not lazy:
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf[...], leaf.dtype), params)
+    return model, params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LazyParameter:
+    """A float parameter on disk: shape and dtype without bytes; `leaf[...]` reads it, in its own dtype and order."""
+
+    stored: StoredTensor
+    dtype: np.dtype
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape[::-1] if self.transposed else self.stored.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.stored.ndim
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if not self.transposed:
+            return self.stored[index].astype(self.dtype, copy=False)
+        # A run of rows at a time, so that there are never two copies of the whole.
+        result = np.empty(self.shape, self.dtype)
+        rows = max(1, BLOCK // max(1, len(result)))
+        for start in range(0, len(result.T), rows):
+            result.T[start : start + rows] = self.stored[start : start + rows]
+        return result[index]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +149,8 @@ def _check(checkpoint: huggingface.Checkpoint, plans: Sequence[_Plan]) -> None:
                 problems.append(f"{name} is missing")
             elif stored.shape != wanted.shape:
                 problems.append(f"{name} has shape {list(stored.shape)}, not {list(wanted.shape)}")
-            elif stored.dtype not in wanted.dtypes:
-                problems.append(f"{name} has dtype {stored.dtype}, not {' or '.join(wanted.dtypes)}")
+            elif stored.stored_dtype not in wanted.dtypes:
+                problems.append(f"{name} has dtype {stored.stored_dtype}, not {' or '.join(wanted.dtypes)}")
     if problems:
         raise ValueError(f"{checkpoint.directory} does not fit its config.json: {'; '.join(problems)}")
 
@@ -136,13 +174,12 @@ def _read(
     settings: Any,
     dtype: Any | None,
     stored_dtype: Any | None,
-) -> jax.Array | QuantizedTensor:
-    arrays = {name.rpartition(".")[2]: checkpoint.read(name) for name in plan.tensors}
+) -> LazyParameter | QuantizedTensor:
     if not plan.packed:
-        (array,) = arrays.values()
-        if array.dtype == np.float64:
-            array = array.astype(np.float32)
-        return jnp.asarray(array.T if plan.transposed else array, dtype)
+        (stored,) = (checkpoint.tensors[name] for name in plan.tensors)
+        own = np.float32 if stored.dtype == np.float64 else stored.dtype
+        return LazyParameter(stored=stored, dtype=jnp.dtype(dtype or own), transposed=plan.transposed)
+    arrays = {name.rpartition(".")[2]: checkpoint.tensors[name][...] for name in plan.tensors}
     try:
         weight = packing.decode(settings, plan.module, arrays, stored_dtype)
     except ValueError as error:

@@ -1,25 +1,29 @@
-"""save: a LanguageModel's parameters, float or packed, to a model directory that appears whole or not at all."""
+"""save: a LanguageModel's parameters, float or packed, to a model directory that appears whole or not at all.
 
+Leaves are read, translated and written one after another, so that lazy ones are never in memory together.
+"""
+
+import dataclasses
+import itertools
 import json
+import math
 import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
-from jgptq.checkpoints import huggingface
+from jgptq.checkpoints import huggingface, tensor_file
 from jgptq.checkpoints.formats import FORMATS
+from jgptq.checkpoints.layout import ExpectedTensor, Format
 from jgptq.models import LanguageModel
 from jgptq.tensor import Layout, QuantizedTensor
-
-Encode = Callable[[QuantizedTensor], dict[str, np.ndarray]]
 
 COPIED = (
     "tokenizer.json",
@@ -62,13 +66,14 @@ def save(
     if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
         raise FileNotFoundError(f"tokenizer_from={str(tokenizer_from)!r} is not a directory")
     _check(model, params)
-    config, encode = _config(model, params, format)
+    config = _config(model, params, FORMATS[format])
+    leaves = _stored_leaves(model, params, FORMATS[format], config)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     partial.mkdir()
     try:
         _write_json(partial / "config.json", config)
-        _write_shards(partial, _tensors(model, params, encode), max_shard_bytes)
+        _write_shards(partial, leaves, max_shard_bytes)
         if "quantization_config" in config:
             _write_json(partial / "quantize_config.json", config["quantization_config"])
         _copy_tokenizer(tokenizer_from or model.source, partial)
@@ -81,7 +86,7 @@ def save(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync_directory(path.parent)
+    tensor_file.sync_directory(path.parent)
 
 
 def _leaves(tree: Mapping) -> dict[tuple, Any]:
@@ -108,61 +113,98 @@ def _dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def _config(model: LanguageModel, params: Mapping, format: str) -> tuple[dict[str, Any], Encode | None]:
-    """config.json, and what turns a packed kernel into tensors; None if nothing is packed."""
+def _config(model: LanguageModel, params: Mapping, packing: Format) -> dict[str, Any]:
+    """config.json, with a quantization_config if anything is packed."""
     leaves = _leaves(params)
     dtype = Counter(jnp.dtype(leaf.dtype) for leaf in leaves.values()).most_common(1)[0][0]
     config = {**model.config.to_dict(), "torch_dtype": dtype.name}
     kernels = {_module(model, path): leaf for path, leaf in leaves.items() if path[-1] == "kernel"}
     packed = {module: leaf for module, leaf in kernels.items() if isinstance(leaf, QuantizedTensor)}
     if not packed:
-        return config, None
+        return config
     left = [module for module in kernels if module not in packed]
-    config["quantization_config"] = FORMATS[format].describe(packed, left, dtype)
-    settings = FORMATS[format].parse(config["quantization_config"])
-    return config, lambda weight: FORMATS[format].encode(settings, weight)
+    return config | {"quantization_config": packing.describe(packed, left, dtype)}
 
 
 def _module(model: LanguageModel, path: tuple) -> str:
     return model.architecture.tensor_name(path)[0].rpartition(".")[0]
 
 
-def _tensors(model: LanguageModel, params: Mapping, encode: Encode | None) -> Iterator[tuple[str, np.ndarray]]:
-    """The checkpoint's tensors one by one, so that only one shard is held in host memory."""
-    for path, leaf in _leaves(params).items():
-        if isinstance(leaf, QuantizedTensor):
-            for part, array in encode(leaf).items():
-                yield f"{_module(model, path)}.{part}", array
-        else:
-            name, transposed = model.architecture.tensor_name(path)
-            yield name, np.asarray(leaf).T if transposed else np.asarray(leaf)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _StoredLeaf:
+    """A parameter as it will lie in the checkpoint: the tensors' shapes and dtypes, and what makes them."""
+
+    specs: dict[str, jax.ShapeDtypeStruct]
+    tensors: Callable[[], dict[str, np.ndarray]]
 
 
-def _write_shards(directory: Path, tensors: Iterator[tuple[str, np.ndarray]], max_bytes: int) -> None:
-    shards: list[list[str]] = []
-    sizes, shard = [], {}
+def _stored_leaves(model: LanguageModel, params: Mapping, packing: Format, config: Mapping) -> list[_StoredLeaf]:
+    settings = packing.parse(config["quantization_config"]) if "quantization_config" in config else None
+    return [
+        _packed_leaf(_module(model, path), leaf, packing, settings)
+        if isinstance(leaf, QuantizedTensor)
+        else _float_leaf(*model.architecture.tensor_name(path), leaf)
+        for path, leaf in _leaves(params).items()
+    ]
 
-    def flush() -> None:
-        file = directory / f"{len(shards)}.safetensors"
-        save_file(shard, file, metadata={"format": "pt"})
-        shutil.copymode(directory / "config.json", file)  # safetensors lets only the owner read what it writes.
-        shards.append(list(shard))
-        shard.clear()
 
-    for name, array in tensors:
-        if shard and sum(held.nbytes for held in shard.values()) + array.nbytes > max_bytes:
-            flush()
-        shard[name] = np.ascontiguousarray(array)
-        sizes.append(array.nbytes)
-    flush()
-    if len(shards) == 1:
-        (directory / "0.safetensors").rename(directory / huggingface.WEIGHTS)
-        return
+def _float_leaf(name: str, transposed: bool, leaf: Any) -> _StoredLeaf:
+    def tensors() -> dict[str, np.ndarray]:
+        return {name: _read(leaf).T if transposed else _read(leaf)}
+
+    shape = tuple(leaf.shape)
+    spec = jax.ShapeDtypeStruct(shape[::-1] if transposed else shape, leaf.dtype)
+    return _StoredLeaf(specs={name: spec}, tensors=tensors)
+
+
+def _packed_leaf(module: str, leaf: QuantizedTensor, packing: Format, settings: Any) -> _StoredLeaf:
+    def tensors() -> dict[str, np.ndarray]:
+        parts = packing.encode(settings, jax.tree.map(_read, leaf))
+        return {f"{module}.{part}": array for part, array in parts.items()}
+
+    def spec(expected: ExpectedTensor) -> jax.ShapeDtypeStruct:
+        own = tensor_file.NAMES[jnp.dtype(leaf.scales.dtype)]
+        kind = expected.dtypes[0] if len(expected.dtypes) == 1 else own
+        return jax.ShapeDtypeStruct(expected.shape, tensor_file.DTYPES[kind])
+
+    parts = packing.expected(settings, module, *leaf.shape)
+    return _StoredLeaf(specs={f"{module}.{part}": spec(parts[part]) for part in parts}, tensors=tensors)
+
+
+def _read(leaf: Any) -> np.ndarray:
+    """The values of an array or a lazy leaf."""
+    return np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf[...]
+
+
+def _write_shards(directory: Path, leaves: Sequence[_StoredLeaf], max_bytes: int) -> None:
+    """Fills one file after another; a tensor larger than max_bytes has a file to itself."""
+    shards: list[dict[str, jax.ShapeDtypeStruct]] = [{}]
+    total = held = 0
+    for name, spec in (item for leaf in leaves for item in leaf.specs.items()):
+        nbytes = math.prod(spec.shape) * spec.dtype.itemsize
+        if shards[-1] and held + nbytes > max_bytes:
+            shards.append({})
+            held = 0
+        shards[-1][name] = spec
+        held += nbytes
+        total += nbytes
     names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
-    for number, name in enumerate(names):
-        (directory / f"{number}.safetensors").rename(directory / name)
-    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    _write_json(directory / huggingface.INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+    if len(shards) == 1:
+        names = [huggingface.WEIGHTS]
+    arrays = _arrays(leaves)
+    for name, shard in zip(names, shards, strict=True):
+        tensor_file.write(directory / name, shard, itertools.islice(arrays, len(shard)), {"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        _write_json(directory / huggingface.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _arrays(leaves: Sequence[_StoredLeaf]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor in order; none is held here once it is handed out."""
+    for leaf in leaves:
+        tensors = leaf.tensors()
+        for name in list(tensors):
+            yield name, tensors.pop(name)
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -181,14 +223,4 @@ def _sync(directory: Path) -> None:
     for file in directory.iterdir():
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes renames inside a directory last; Windows has no such call and needs none."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    tensor_file.sync_directory(directory)
