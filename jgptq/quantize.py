@@ -8,20 +8,23 @@ place before the next segment runs. [Frantar et al. 2023, section 4, in which bl
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jgptq.grid import Grid
-from jgptq.hessian import Hessian, init_hessian, update_hessian
-from jgptq.solvers import METHODS, Method
-from jgptq.tensor import dequantize
-from jgptq.tracing.graph import Product, Site, leaf_paths, trace
+from jgptq.hessian import Hessian, energy
+from jgptq.solvers import METHODS, Info, Method, rtn
+from jgptq.tensor import Index, QuantizedTensor, dequantize, join, matrix
+from jgptq.tracing.graph import Part, Site, Step, leaf_paths, trace
+from jgptq.tracing.products import Product, empty_hessian
 from jgptq.tracing.segments import Program
 from jgptq.tracing.stream import Stream
 
@@ -32,10 +35,14 @@ class QuantizationWarning(UserWarning):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a rule sets for the weights it matches; None keeps the setting of the call."""
+    """What a rule sets for the weights it matches; None keeps the setting of the call.
+
+    tied: quantize also those used elsewhere than in products, such as an embedding that is the output head as well.
+    """
 
     grid: Grid | None = None
     method: str | Method | None = None
+    tied: bool = False
 
     def __post_init__(self):
         _settings(self.grid or Grid(), self.method or "gptq")
@@ -43,8 +50,11 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """What quantizing one weight did: its solve's `Info` on the host, and how it was asked to be done.
+    """What quantizing one weight, or one part of a leaf, did: its solve's `Info` on the host, and how it was asked for.
 
+    path: of the leaf, with the part in brackets: `layers.kernel[3]`. shape: of the part. relative_error: output error
+    energy over output energy; rtn_error: what rounding to nearest on the same grid would have given.
+    For a batch of matrices (experts), sums over the batch and mean errors weighted by output energy.
     notes: everything by which the result may be worse than asked for, in words.
     """
 
@@ -58,6 +68,7 @@ class Row:
     tokens: int
     loss: float
     relative_error: float
+    rtn_error: float
     damp: float
     seconds: float
     notes: tuple[str, ...]
@@ -89,47 +100,71 @@ def quantize(
     method: str | Method = "gptq",
     rules: Sequence[Rule] | None = None,
     progress: Callable[[Row, int, int], None] | None = None,
+    finished: MutableMapping[str, tuple[QuantizedTensor, Row]] | None = None,
+    offload: Literal["host"] | None = None,
 ) -> tuple[Any, Report]:
     """Quantizes every weight of f(params, *inputs) that `find_weights` calls quantizable.
 
+    params: any pytree. A leaf may be lazy: no array, but with `shape`, `dtype` and a `__getitem__` that gives NumPy
+        arrays; it is read when first needed and again dropped.
     batches: calibration inputs; each is the tuple of f's inputs (anything else stands for a tuple of one).
     grid: Grid() unless given. method: a name in METHODS or a Method value.
     rules: (pattern, options) pairs, the first that matches a weight's path decides: a glob on the path or a predicate
         on the Site; Options, or None to leave the weight as it is.
-    progress: called with each finished row, its number from 1 and the number of weights.
+    progress: called with each finished row, its number from 1 and the number of rows.
+    finished: weights and rows by row path. What it holds is not solved again, and each new weight goes into it at
+        once and is not kept otherwise: give a mapping on disk to bound memory, and to go on after an interruption.
+    offload: "host" keeps activations in the host's memory between segments; slower, for what the device cannot hold.
 
     Returns params with a QuantizedTensor for each quantized leaf, and the report. The caller's arrays are only read.
     Warns with QuantizationWarning when a weight came out worse than asked for.
     """
     started = time.perf_counter()
     default = _settings(Grid() if grid is None else grid, method)
-    executor = Executor(f, params, batches)
+    if offload not in (None, "host"):
+        raise ValueError(f'offload={offload!r}; give "host", or None to keep activations on the device')
+    executor = Executor(f, params, batches, on_host=offload == "host")
     plan = _plan(executor.sites, *default, rules or ())
-    executor.check_weights([site for site in executor.sites if site.leaf in plan])
+    sites = {site.leaf: site for site in executor.sites if site.leaf in plan}
+    executor.check_weights(list(sites.values()))
+    steps = executor.choose(plan)
+    names = {_key(part): sites[part.leaf].name(part) for step in steps for part in step.parts}
+    if finished is not None and len(set(names.values())) < len(names):
+        raise ValueError("two weights have the same path, so `finished` cannot tell them apart; rename one")
     rows: list[Row] = []
-    quantized_leaves = {}
-    for step in executor.steps:
-        chosen = [site for site in step if site.leaf in plan]
-        if not chosen:
-            continue
-        clock = time.perf_counter()
-        hessian = executor.hessian(chosen[0])
-        for site in chosen:
-            site_grid, site_method = plan[site.leaf]
-            weight, info = site_method.solve(site.layout.to_matrix(executor.leaf(site)), hessian, site_grid)
-            weight = dataclasses.replace(weight, layout=site.layout)
-            row = _row(site, weight, info, site_grid, site_method, time.perf_counter() - clock)
-            executor.replace(site, _dequantize(weight))
-            quantized_leaves[site.leaf] = weight
-            rows.append(dataclasses.replace(row, seconds=time.perf_counter() - clock))
-            if progress:
-                progress(rows[-1], len(rows), len(plan))
+    packed: dict[int, dict[Index, QuantizedTensor]] = defaultdict(dict)
+    for step in steps:
+        hessian = None
+        if any(finished is None or names[_key(part)] not in finished for part in step.parts):
+            hessian = executor.hessian(step)
+        else:
+            executor.advance(step)
+        for part in step.parts:
             clock = time.perf_counter()
+            site, name = sites[part.leaf], names[_key(part)]
+            if finished is not None and name in finished:
+                weight, row = finished[name]
+                weight = jax.tree.map(lambda array: jnp.asarray(array[...]), weight)
+            else:
+                weight, row = _solve_part(executor, site, part, hessian, *plan[part.leaf])
+                row = dataclasses.replace(row, seconds=time.perf_counter() - clock)
+                if finished is not None:
+                    finished[name] = weight, row
+            executor.replace(part, _dequantize(weight))
+            if finished is None:
+                packed[part.leaf][part.index] = weight
+            rows.append(row)
+            if progress:
+                progress(row, len(rows), len(names))
 
+    leaves, tree = jax.tree.flatten(params)
+    for leaf, site in sites.items():
+        parts = packed.pop(leaf, None) or {part.index: finished[names[_key(part)]][0] for part in site.parts}
+        leaves[leaf] = _joined(site, parts)
     report = Report(
         rows=tuple(rows),
         skipped=tuple(
-            (site.path, site.reason if not site.quantizable else "left alone by a rule")
+            (site.path, "left alone by a rule" if site.quantizable else site.reason)
             for site in executor.sites
             if site.leaf not in plan
         ),
@@ -143,38 +178,92 @@ def quantize(
             QuantizationWarning,
             stacklevel=2,
         )
-    leaves, tree = jax.tree.flatten(params)
-    return jax.tree.unflatten(tree, [quantized_leaves.get(i, leaf) for i, leaf in enumerate(leaves)]), report
+    return jax.tree.unflatten(tree, leaves), report
 
 
 _dequantize = jax.jit(dequantize)
 
 
+def _key(part: Part) -> tuple[int, Index]:
+    return part.leaf, part.index
+
+
+def _joined(site: Site, parts: dict[Index, QuantizedTensor]) -> QuantizedTensor:
+    """The leaf's QuantizedTensor from those of its parts."""
+    if len(parts) == 1:
+        (weight,) = parts.values()
+        return dataclasses.replace(weight, layout=site.layout.unstacked())
+    return join(site.layout, {index: jax.tree.map(lambda a: a[...], weight) for index, weight in parts.items()})
+
+
+def _solve_part(
+    executor: "Executor", site: Site, part: Part, hessian: Hessian, grid: Grid, method: Method
+) -> tuple[QuantizedTensor, Row]:
+    w = part.layout.to_matrix(executor.leaf(part.leaf, part.index))
+    if w.ndim == 2:
+        weight, info = method.solve(w, hessian, grid)
+        error = _rtn_error(w, hessian, info, grid)
+    else:
+        batch = w.shape[:-2]
+        weight, info, error = _solve_batch(w.reshape(-1, *w.shape[-2:]), _share(hessian), grid, method)
+        weight = jax.tree.map(lambda array: array.reshape(*batch, *array.shape[1:]), weight)
+    weight = dataclasses.replace(weight, layout=part.layout)
+    return weight, _row(site.name(part), part, weight, info, error, hessian.tokens, grid, method)
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "method"))
+def _solve_batch(w: jax.Array, hessian: Hessian, grid: Grid, method: Method) -> Any:
+    """One matrix after another, each on its own Hessian: only one factor is in memory."""
+
+    def solve(operands):
+        weight, info = method.solve(*operands, grid)
+        return weight, info, _rtn_error(*operands, info, grid)
+
+    return jax.lax.map(solve, (w, hessian))
+
+
+@jax.jit
+def _share(hessian: Hessian) -> Hessian:
+    """A matrix that saw fewer tokens than it has inputs gets the Hessian of all."""
+    starved = hessian.tokens < hessian.in_features
+    total = jnp.where(starved[:, None, None], jnp.sum(hessian.total, axis=0), hessian.total)
+    return Hessian(total, jnp.where(starved, jnp.sum(hessian.tokens), hessian.tokens))
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _rtn_error(w: jax.Array, hessian: Hessian, info: Info, grid: Grid) -> jax.Array:
+    """The relative output error of rounding to nearest."""
+    weight, _ = rtn(w, grid, hessian=hessian)
+    error = energy(hessian.mean(), w.astype(jnp.float32) - matrix(weight))
+    return jnp.where(info.output == 0, 0.0, jnp.maximum(error, 0.0) / jnp.where(info.output == 0, 1.0, info.output))
+
+
 def _plan(sites, grid: Grid, method: Method, rules: Sequence[Rule]) -> dict[int, tuple[Grid, Method]]:
     """Grid and method of each weight to quantize, by the leaf's number: two leaves may read as one path."""
-    candidates = [site for site in sites if site.quantizable]
-    if not candidates:
+    if not any(site.quantizable or site.tied for site in sites):
         reasons = "; ".join(f"{site.path}: {site.reason}" for site in sites[:5]) or "it has no floating-point leaf"
         raise ValueError(f"the function has no weight that can be quantized ({reasons}); see jgptq.find_weights")
-    plan = {site.leaf: (grid, method) for site in candidates}
-    unmatched = dict(plan)
+    plan = {site.leaf: (grid, method) for site in sites if site.quantizable}
+    undecided = {site.leaf for site in sites}
     for pattern, options in _checked_rules(rules):
         matches = pattern if callable(pattern) else lambda site, glob=pattern: fnmatch.fnmatchcase(site.path, glob)
         hits = [site for site in sites if matches(site)]
         if not hits:
             nearest = difflib.get_close_matches(str(pattern), [site.path for site in sites], n=3, cutoff=0.0)
             raise ValueError(f"no weight matches the rule {pattern!r}; the nearest paths are {', '.join(nearest)}")
-        if options is not None and not any(site.quantizable for site in hits):
+        able = [site for site in hits if options and (site.quantizable or (site.tied and options.tied))]
+        if options and not able:
             raise ValueError(
                 f"the rule {pattern!r} sets options for {hits[0].path}, which cannot be quantized ({hits[0].reason}); "
                 "remove the rule, or give None instead of options"
             )
         for site in hits:
-            if unmatched.pop(site.leaf, None) is None:
+            if site.leaf not in undecided:
                 continue
+            undecided.remove(site.leaf)
             if options is None:
-                del plan[site.leaf]
-            else:
+                plan.pop(site.leaf, None)
+            elif site in able:
                 plan[site.leaf] = _settings(options.grid or grid, options.method or method)
     return plan
 
@@ -232,46 +321,55 @@ def _has_values(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)
 
 
-def _row(site: Site, weight, info, grid: Grid, method: Method, seconds: float) -> Row:
-    info = jax.device_get(info)
-    if not info.finite:
+def _row(name: str, part: Part, weight, info, rtn_error, tokens, grid: Grid, method: Method) -> Row:
+    """The row of a solve; for a batch of matrices its arguments have a leading axis."""
+    info, rtn_error, tokens = jax.tree.map(np.atleast_1d, jax.device_get((info, rtn_error, tokens)))
+    if not info.finite.all():
         raise ValueError(
-            f"the activations that reach {site.path} in calibration contain NaN or infinity; "
+            f"the activations that reach {name} in calibration contain NaN or infinity; "
             "check the calibration inputs and the function's dtype (bfloat16 or float32 rather than float16)"
         )
-    if info.failed:
+    damp = float(info.damp.max())
+    if info.failed.any():
         raise ValueError(
-            f"the Hessian of {site.path} could not be factored with any damping up to {float(info.damp):g}; "
+            f"the Hessian of {name} could not be factored with any damping up to {damp:g}; "
             "calibrate on more tokens, or leave this weight alone with a rule"
         )
     notes = []
-    tokens, in_features = int(info.tokens), weight.in_features
-    dead = int(info.dead_inputs)
-    if dead == in_features:
+    in_features, batch = weight.in_features, len(tokens)
+    dead = info.dead_inputs == in_features
+    starved = tokens < in_features
+    if dead.all():
         notes.append("its inputs were zero throughout calibration: rounded to nearest")
-    elif tokens < in_features:
-        notes.append(f"saw {tokens} tokens, fewer than its {in_features} inputs: calibrate on more")
-    asked = getattr(method, "damp", 0.0)
-    if info.damp > 1.001 * asked:
-        notes.append(f"damping raised from {asked:g} to {float(info.damp):g}: the factorization failed below")
-    if info.scales_at_limit:
+    elif batch == 1 and starved.any():
+        notes.append(f"saw {tokens[0]} tokens, fewer than its {in_features} inputs: calibrate on more")
+    elif starved.any():
+        numbers, counts = (", ".join(map(str, values)) for values in (np.flatnonzero(starved), tokens[starved]))
         notes.append(
-            f"{int(info.scales_at_limit)} scales are outside the range of {grid.scale_dtype}: "
-            'use Grid(scale_dtype="float32")'
+            f"of its {batch} matrices, {numbers} saw fewer tokens ({counts}) than their {in_features} inputs: "
+            "solved on the tokens of all"
         )
+    asked = getattr(method, "damp", 0.0)
+    if damp > 1.001 * asked:
+        notes.append(f"damping raised from {asked:g} to {damp:g}: the factorization failed below")
+    at_limit = int(info.scales_at_limit.sum())
+    if at_limit:
+        notes.append(f'{at_limit} scales are outside the range of {grid.scale_dtype}: use Grid(scale_dtype="float32")')
+    share = info.output / max(info.output.sum(), np.finfo(np.float32).tiny)
     return Row(
-        path=site.path,
-        shape=site.shape,
+        path=name,
+        shape=part.layout.shape,
         method=method.name,
         bits=weight.bits,
         group_size=weight.group_size,
         symmetric=weight.symmetric,
         nbytes=weight.nbytes,
-        tokens=tokens,
-        loss=float(info.loss),
-        relative_error=float(info.relative_error),
-        damp=float(info.damp),
-        seconds=seconds,
+        tokens=int(tokens.sum()),
+        loss=float(info.loss.sum()),
+        relative_error=float((share * info.relative_error).sum()),
+        rtn_error=float((share * rtn_error).sum()),
+        damp=damp,
+        seconds=0.0,
         notes=tuple(notes),
     )
 
@@ -279,69 +377,114 @@ def _row(site: Site, weight, info, grid: Grid, method: Method, seconds: float) -
 class Executor:
     """Runs a function's equations over all batches at once, in segments that end at products with weights."""
 
-    def __init__(self, f: Callable, params: Any, batches: Iterable[Any], *, keep_outputs: bool = False):
+    def __init__(
+        self,
+        f: Callable,
+        params: Any,
+        batches: Iterable[Any],
+        *,
+        keep_outputs: bool = False,
+        on_host: bool = False,
+    ):
         batches = _checked_batches(batches)
         self._leaves = []
         for path, leaf in leaf_paths(params):
             if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
                 raise TypeError(f"{path} is a {type(leaf).__name__}, with no values; give arrays, outside of jit")
             self._leaves.append(leaf)
-        self._solved: list[Site] = []
+        self._quantized: dict[tuple[int, Index], jax.Array] = {}
         self._programs: dict[Program, Program] = {}
         by_shape: dict[Any, list] = {}
         for batch in batches:
             by_shape.setdefault(_signature(batch), []).append(batch)
         self._streams = [
-            Stream(trace(f, params, *group[0]), group, self._leaves, self._programs, keep_outputs)
+            Stream(
+                trace(f, params, *group[0]),
+                group,
+                self.leaf,
+                self._programs,
+                keep_outputs=keep_outputs,
+                on_host=on_host,
+            )
             for group in by_shape.values()
         ]
         self.sites = self._streams[0].graph.sites
-        self.steps = self._streams[0].steps
-        paths = [[site.path for site in step] for step in self.steps]
-        for stream in self._streams[1:]:
-            if [[site.path for site in step] for step in stream.steps] != paths:
-                raise ValueError(
-                    "the function uses other weights, or in another order, on batches of other shapes; "
-                    "give calibration batches of one shape"
-                )
+
+    def choose(self, leaves: Iterable[int] | None = None) -> list[Step]:
+        """The steps in which these leaves (None: all that are quantizable) are to be solved, in order."""
+        leaves = [site.leaf for site in self.sites if site.quantizable] if leaves is None else list(leaves)
+        steps = [stream.graph.steps(leaves) for stream in self._streams]
+        keys = [[[_key(part) for part in step.parts] for step in theirs] for theirs in steps]
+        if any(other != keys[0] for other in keys[1:]):
+            raise ValueError(
+                "the function uses other weights, or in another order, on batches of other shapes; "
+                "give calibration batches of one shape"
+            )
+        # A step as each stream's own graph has it.
+        self._steps = {id(theirs[0]): theirs for theirs in zip(*steps, strict=True)}
+        return steps[0]
 
     @property
     def programs(self) -> int:
         """Distinct programs compiled so far."""
         return len(self._programs)
 
-    def leaf(self, site: Site) -> jax.Array:
-        return jnp.asarray(self._leaves[site.leaf])
+    def leaf(self, number: int, index: Index) -> jax.Array:
+        """Part of a leaf as it now is: quantized where that is done."""
+        if (number, index) in self._quantized:
+            return self._quantized[number, index]
+        leaf = self._leaves[number]
+        shape = np.shape(leaf)
+        ranges = tuple(slice(*bounds) for bounds in index)
+        if _is_lazy(leaf) or any(bounds != (0, size) for bounds, size in zip(index, shape, strict=True)):
+            leaf = leaf[ranges]
+        part = jnp.asarray(leaf)
+        for (other, theirs), values in self._quantized.items():
+            shared = [(max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(index, theirs, strict=False)]
+            if other == number and all(start < stop for start, stop in shared):
+                mine, its = (
+                    tuple(slice(start - o[0], stop - o[0]) for (start, stop), o in zip(shared, origin, strict=True))
+                    for origin in (index, theirs)
+                )
+                part = part.at[mine].set(values[its])
+        return part
 
-    def replace(self, site: Site, leaf: jax.Array) -> None:
-        """Puts a leaf in place of a weight for all equations still to run."""
-        self._leaves[site.leaf] = leaf
-        self._solved.append(site)
+    def replace(self, part: Part, values: jax.Array) -> None:
+        """Puts quantized values in place of part of a leaf for all equations still to run."""
+        self._quantized[_key(part)] = values
 
     def check_weights(self, sites: Sequence[Site]) -> None:
-        flags = [_all_finite(self.leaf(site)) for site in sites]
-        bad = [site.path for site, finite in zip(sites, flags, strict=True) if not finite]
+        """Lazy leaves are checked when they are solved."""
+        here = [site for site in sites if not _is_lazy(self._leaves[site.leaf])]
+        flags = jax.device_get([_all_finite(jnp.asarray(self._leaves[site.leaf])) for site in here])
+        bad = [site.path for site, finite in zip(here, flags, strict=True) if not finite]
         if bad:
             raise ValueError(f"NaN or infinity in {', '.join(bad[:5])}; repair or leave alone such weights with a rule")
 
-    def hessian(self, site: Site) -> Hessian:
-        """Advances all batches to the first use of the site's activation, and sums its Hessian."""
-        step = next(i for i, step in enumerate(self.steps) if site in step)
-        hessian = init_hessian(site.layout.in_features)
-        for stream in self._streams:
-            stream.advance(stream.steps[step][0].position)
-            first = stream.steps[step][0]
-            for x in stream.values(first.activation):
-                hessian = _accumulate(hessian, x, first.product)
-        self._drop_spent()
-        return hessian
+    def advance(self, step: Step) -> None:
+        """Advances all batches to where a step's weights are first needed."""
+        for stream, own in zip(self._streams, self._steps[id(step)], strict=True):
+            stream.advance(own.start)
+        for key in [key for key in self._quantized if all(stream.has_passed(*key) for stream in self._streams)]:
+            del self._quantized[key]
 
-    def _drop_spent(self) -> None:
-        """Forgets the replacements whose one product every batch has passed."""
-        for site in self._solved:
-            if all(stream.has_passed(site.leaf) for stream in self._streams):
-                self._leaves[site.leaf] = None
-        self._solved = [site for site in self._solved if self._leaves[site.leaf] is not None]
+    def hessian(self, step: Step) -> Hessian:
+        """Advances to a step and sums the Hessian of its activations.
+
+        Where its weights are needed before all of their activations are known (shared by several calls, or tied), the
+        equations in between run on the weights as they are, and then again from the start of the step.
+        """
+        self.advance(step)
+        hessian = empty_hessian(step.parts[0].layout)
+        for stream, own in zip(self._streams, self._steps[id(step)], strict=True):
+            snapshot = stream.snapshot() if any(read.position > own.start for read in own.reads) else None
+            for read in sorted(own.reads, key=lambda read: read.position):
+                stream.advance(read.position)
+                for operands in zip(*map(stream.values, read.activations), strict=True):
+                    hessian = _accumulate(hessian, read.product, *operands)
+            if snapshot is not None:
+                stream.restore(snapshot)
+        return hessian
 
     def outputs(self) -> list[Any]:
         """The function's outputs for each batch (batches of one shape together); needs keep_outputs."""
@@ -349,6 +492,15 @@ class Executor:
         for stream in self._streams:
             results += stream.outputs()
         return results
+
+
+def _is_lazy(leaf: Any) -> bool:
+    """Whether a leaf has a shape and a dtype, but its values only when asked for."""
+    return (
+        not isinstance(leaf, np.ndarray | np.generic | jax.Array)
+        and hasattr(leaf, "shape")
+        and hasattr(leaf, "__getitem__")
+    )
 
 
 def _signature(batch: tuple) -> Any:
@@ -361,9 +513,6 @@ def _all_finite(leaf: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(leaf))
 
 
-def _accumulate_step(hessian: Hessian, x: jax.Array, product: Product) -> Hessian:
-    rows = product.matrix(x)
-    return update_hessian(hessian, rows) if len(rows) else hessian
-
-
-_accumulate = jax.jit(_accumulate_step, static_argnames="product", donate_argnames="hessian")
+@functools.partial(jax.jit, static_argnames="product", donate_argnames="hessian")
+def _accumulate(hessian: Hessian, product: Product, *operands: jax.Array) -> Hessian:
+    return product.add(hessian, *operands)

@@ -1,6 +1,7 @@
 """QuantizedTensor: a weight as packed codes, scales and zeros, in place of an array in a parameter pytree."""
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -54,6 +55,53 @@ class Layout:
             *range(len(stack)), *(len(stack) + axis for axis in self.order)
         )
         return moved.reshape(*stack, *self.sizes(self.batch_axes), self.in_features, self.out_features)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """For each factor the leaf's axis that it is a part of."""
+        result, axis, left = [], 0, self.shape[0] if self.shape else 1
+        for factor in self.factors:
+            result.append(axis)
+            left //= factor
+            if left == 1 and axis + 1 < len(self.shape):
+                axis += 1
+                left = self.shape[axis]
+        return tuple(result)
+
+    def roles(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """(axis, size) of the factors in each role, outermost first; factors of size 1 say nothing and are left out."""
+        axes = self.axes
+        return tuple(
+            tuple((axes[k], self.factors[k]) for k in role if self.factors[k] > 1)
+            for role in (self.batch_axes, self.in_axes, self.out_axes)
+        )
+
+    def stacked(self, sizes: tuple[int, ...]) -> "Layout":
+        """The layout of a stack of leaves of this one, with the stack's axes as batch axes."""
+        n = len(sizes)
+        batch, inputs, outputs = (
+            tuple(axis + n for axis in axes) for axes in (self.batch_axes, self.in_axes, self.out_axes)
+        )
+        return Layout(
+            shape=sizes + self.shape,
+            factors=sizes + self.factors,
+            batch_axes=tuple(range(n)) + batch,
+            in_axes=inputs,
+            out_axes=outputs,
+        )
+
+    def unstacked(self) -> "Layout":
+        """The inverse of `stacked`, as far as it goes: without the batch axes that lead the leaf's own."""
+        layout = self
+        while layout.batch_axes[:1] == (0,) and layout.factors[0] == layout.shape[0]:
+            layout = Layout(
+                shape=layout.shape[1:],
+                factors=layout.factors[1:],
+                batch_axes=tuple(axis - 1 for axis in layout.batch_axes[1:]),
+                in_axes=tuple(axis - 1 for axis in layout.in_axes),
+                out_axes=tuple(axis - 1 for axis in layout.out_axes),
+            )
+        return layout
 
     def from_matrix(self, matrix: Array) -> Array:
         """The inverse of `to_matrix`."""
@@ -174,6 +222,161 @@ def matrix(weight: QuantizedTensor, dtype: Any = jnp.float32) -> Float[Array, "*
 def dequantize(weight: QuantizedTensor) -> Array:
     """The logical array a QuantizedTensor stands for, in its own shape and dtype."""
     return weight.dequantize()
+
+
+# A part of an array: start and stop along each axis.
+Index = tuple[tuple[int, int], ...]
+
+
+def with_stack_in_layout(weight: QuantizedTensor) -> QuantizedTensor:
+    """The same weight with the axes in front of its layout's own as batch axes of the layout."""
+    stack = weight.shape[: weight.ndim - len(weight.layout.shape)]
+    return dataclasses.replace(weight, layout=weight.layout.stacked(stack))
+
+
+def cut(weight: QuantizedTensor, axis: int, start: int, stop: int) -> QuantizedTensor | None:
+    """weight[..., start:stop, ...] along a logical axis, still packed; None where the axis is one of the inputs.
+
+    The stack must be in the layout. A batch axis cut down to one keeps no place in the arrays.
+    """
+    layout = weight.layout
+    factor = layout.axes.index(axis)
+    step = layout.shape[axis] // layout.factors[factor]  # elements of the axis in one of its outermost factor
+    if start % step or stop % step:
+        return None
+    start, stop = start // step, stop // step
+    shape = tuple(step * (stop - start) if a == axis else n for a, n in enumerate(layout.shape))
+    factors = tuple(stop - start if k == factor else n for k, n in enumerate(layout.factors))
+    resized = dataclasses.replace(layout, shape=shape, factors=factors)
+    if factor in layout.batch_axes:
+        position = layout.batch_axes.index(factor)
+        take = (slice(None),) * position + ((start,) if stop - start == 1 else (slice(start, stop),))
+        if stop - start == 1:
+            batch = layout.batch_axes[:position] + layout.batch_axes[position + 1 :]
+            resized = dataclasses.replace(resized, batch_axes=batch, out_axes=(*layout.out_axes, factor))
+        return dataclasses.replace(jax.tree.map(lambda array: array[take], weight), layout=resized)
+    if factor not in layout.out_axes:
+        return None
+    position = layout.out_axes.index(factor)
+    sizes = layout.sizes(layout.out_axes)
+
+    def columns(array):
+        apart = array.reshape(*array.shape[:-1], *sizes)
+        chosen = jax.lax.slice_in_dim(apart, start, stop, axis=array.ndim - 1 + position)
+        return chosen.reshape(*array.shape[:-1], resized.out_features)
+
+    return dataclasses.replace(
+        weight,
+        codes=columns(weight.codes),
+        scales=columns(weight.scales),
+        zeros=None if weight.zeros is None else columns(weight.zeros),
+        layout=resized,
+    )
+
+
+def join_layouts(shape: tuple[int, ...], parts: dict[Index, Layout]) -> Layout | None:
+    """The layout of a leaf of `shape` that is solved in `parts`; None if these are no grid of parts of one kind.
+
+    Along an axis, parts are the whole, or single elements (or equal pieces of the inputs), which makes it a batch
+    axis, or ranges of outputs, which lie side by side.
+    """
+    ranges = [sorted({index[axis] for index in parts}) for axis in range(len(shape))]
+    for axis, cuts in enumerate(ranges):
+        if cuts[0][0] != 0 or cuts[-1][1] != shape[axis] or any(a[1] != b[0] for a, b in itertools.pairwise(cuts)):
+            return None
+    if math.prod(map(len, ranges)) != len(parts):
+        return None
+    layouts = {_join(shape, ranges, layout) for layout in parts.values()}
+    return layouts.pop() if len(layouts) == 1 else None
+
+
+def _join(shape: tuple[int, ...], ranges: list, part: Layout) -> Layout | None:
+    factors: list[int] = []
+    number: dict[int, int] = {}  # factor of the part -> factor of the leaf
+    batch = []
+    axes = part.axes
+    for axis, size in enumerate(shape):
+        own = [k for k in range(len(part.factors)) if axes[k] == axis]
+        cuts = ranges[axis]
+        piece = part.shape[axis]
+        if len(cuts) > 1:
+            equal = all(stop - start == piece for start, stop in cuts)
+            if equal and (piece == 1 or all(k in part.in_axes for k in own)):
+                batch.append(len(factors))
+                factors.append(size // piece)
+                if piece == 1:
+                    continue
+            elif len(own) == 1 and own[0] in part.out_axes:
+                number[own[0]] = len(factors)
+                factors.append(size)
+                continue
+            else:
+                return None
+        for k in own:
+            number[k] = len(factors)
+            factors.append(part.factors[k])
+    roles = [tuple(number[k] for k in role if k in number) for role in (part.batch_axes, part.in_axes, part.out_axes)]
+    # Axes of one element come last among the outputs, in their own order, whatever part they are seen from.
+    order = sorted(k for k in roles[2] if factors[k] == 1)
+    outputs = tuple(k for k in roles[2] if factors[k] > 1) + tuple(order)
+    return Layout(
+        shape=shape, factors=tuple(factors), batch_axes=(*batch, *roles[0]), in_axes=roles[1], out_axes=outputs
+    )
+
+
+def join(layout: Layout, parts: dict[Index, QuantizedTensor]) -> QuantizedTensor:
+    """A leaf of `layout` (see `join_layouts`) from its separately packed parts, assembled on the host."""
+    first = next(iter(parts.values()))
+    batch, outputs = layout.sizes(layout.batch_axes), layout.sizes(layout.out_axes)
+    columns = np.arange(math.prod(outputs)).reshape(outputs)
+    axes = layout.axes
+
+    def ranges(index: Index, factors: tuple[int, ...]) -> tuple[slice, ...]:
+        result = []
+        for k in factors:
+            outermost = axes.index(axes[k]) == k
+            step = layout.shape[axes[k]] // layout.factors[k] if outermost else 1
+            start, stop = index[axes[k]] if outermost else (0, layout.factors[k])
+            result.append(slice(start // step, stop // step))
+        return tuple(result)
+
+    def assemble(name: str) -> np.ndarray | None:
+        array = getattr(first, name)
+        if array is None:
+            return None
+        tail = array.shape[len(first.layout.batch_axes) :]
+        by_column = name != "permutation"
+        whole = np.full((*batch, *tail[:-1], columns.size) if by_column else (*batch, *tail), -1).astype(array.dtype)
+        for index, part in parts.items():
+            target = whole[ranges(index, layout.batch_axes)]
+            values = np.asarray(getattr(part, name))
+            values = values.reshape(*target.shape[: len(batch)], *values.shape[len(part.layout.batch_axes) :])
+            if by_column:
+                target[..., columns[ranges(index, layout.out_axes)].ravel()] = values
+                continue
+            if np.any((target != -1) & (target != values)):
+                raise ValueError(
+                    "parts of one weight that lie side by side were permuted differently, as they saw different "
+                    'inputs; use act_order="group" or "static"'
+                )
+            target[...] = values
+        return whole
+
+    arrays = {name: assemble(name) for name in ("codes", "scales", "zeros", "permutation")}
+    # The layout's own leading batch axes are the stack that scan and vmap take apart.
+    return dataclasses.replace(first, layout=layout.unstacked(), **jax.tree.map(jnp.asarray, arrays))
+
+
+def unpack_columns(weight: QuantizedTensor, columns: Integer[Array, "*n"]) -> Float[Array, "*n in"]:
+    """Some columns of an unbatched matrix, dequantized, in the weight's dtype; inputs in natural order."""
+    chosen = dataclasses.replace(
+        weight,
+        codes=weight.codes[:, columns.reshape(-1)],
+        scales=weight.scales[:, columns.reshape(-1)],
+        zeros=None if weight.zeros is None else weight.zeros[:, columns.reshape(-1)],
+        layout=Layout.dense(weight.in_features, columns.size),
+    )
+    return matrix(chosen).T.reshape(*columns.shape, weight.in_features).astype(weight.dtype)
 
 
 def _by_row(weight: QuantizedTensor, values: Array) -> Array:

@@ -121,13 +121,13 @@ def test_the_executor_ends_at_the_quantized_models_own_output():
     params, batches = random_params(2, seed=3), token_batches(2, seed=3)
     executor = Executor(network, params, batches, keep_outputs=True)
     packed_leaves = {}
-    for step in executor.steps:
-        hessian = executor.hessian(step[0])
-        for site in step:
-            weight, _ = jgptq.gptq(site.layout.to_matrix(executor.leaf(site)), hessian, GRID)
-            weight = dataclasses.replace(weight, layout=site.layout)
-            executor.replace(site, weight.dequantize())
-            packed_leaves[site.leaf] = weight
+    for step in executor.choose():
+        hessian = executor.hessian(step)
+        for part in step.parts:
+            weight, _ = jgptq.gptq(part.layout.to_matrix(executor.leaf(part.leaf, part.index)), hessian, GRID)
+            weight = dataclasses.replace(weight, layout=part.layout)
+            executor.replace(part, weight.dequantize())
+            packed_leaves[part.leaf] = weight
     leaves, tree = jax.tree.flatten(params)
     packed = jax.tree.unflatten(tree, [packed_leaves.get(i, leaf) for i, leaf in enumerate(leaves)])
     for output, batch in zip(executor.outputs(), batches, strict=True):
@@ -154,9 +154,10 @@ def test_a_deeper_model_compiles_nothing_more():
     counts = []
     for depth in (4, 32):
         executor = Executor(network, random_params(depth), token_batches(1))
-        for step in executor.steps:
-            executor.hessian(step[0])
-        assert len(executor.steps) == 4 * depth
+        steps = executor.choose()
+        for step in steps:
+            executor.hessian(step)
+        assert len(steps) == 4 * depth
         counts.append(executor.programs)
     assert counts[0] == counts[1] <= 6
 
@@ -268,7 +269,7 @@ def test_leaves_of_one_path_are_two_weights():
         return x @ p["a.b"] @ p["a"]["b"]
 
     w = jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)
-    only_outer = [(lambda site: site.position == 0, None)]
+    only_outer = [(lambda site: site.leaf == 1, None)]
     params, batches = {"a.b": w, "a": {"b": w}}, [np.eye(8, dtype=np.float32)] * 3
     packed, report = jgptq.quantize(f, params, batches, grid=GRID, method="rtn", rules=only_outer)
     assert is_packed(packed["a"]["b"])
@@ -397,7 +398,7 @@ def test_the_report_as_json_and_tables(quantized_network):
     _, packed, report = quantized_network
     loaded = json.loads(report_json(report))
     assert [row["path"] for row in loaded["rows"]] == [row.path for row in report.rows]
-    assert report_table(report).row_count == 8
+    assert report_table(report).row_count == 8 + 1
     table = weights_table(packed, {row.path: row.relative_error for row in report.rows})
     assert table.row_count == len(jax.tree.leaves(random_params(2))) + 1
     codes = sum(WIDTH * WIDTH * 2 + HIDDEN * WIDTH * 2 for _ in range(2)) // 2

@@ -19,6 +19,7 @@ class Info:
 
     loss: the solver's objective: mean squared output error summed over output features, damping included.
     relative_error: output error energy over output energy, tr(ΔᵀHΔ) / tr(WᵀHW), without damping.
+    output: the output energy.
     damp: damping used, in units of the mean diagonal; larger than asked for when the factorization failed there.
     tokens: calibration tokens seen. dead_inputs: inputs that were always zero. failed: no sound factorization; the
     codes mean nothing. scales_at_limit: scales that their dtype could not hold.
@@ -27,6 +28,7 @@ class Info:
 
     loss: Any
     relative_error: Any
+    output: Any
     damp: Any
     tokens: Any
     dead_inputs: Any
@@ -97,6 +99,7 @@ def make_info(
     return Info(
         loss=loss,
         relative_error=relative,
+        output=output,
         damp=damp,
         tokens=hessian.tokens,
         dead_inputs=jnp.sum(jnp.diagonal(h) <= 0),

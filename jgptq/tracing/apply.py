@@ -8,39 +8,54 @@ dequantized array.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+from jax import lax
 
 from jgptq.kernels.matmul import matmul
-from jgptq.tensor import QuantizedTensor
+from jgptq.tensor import QuantizedTensor, cut, unpack_columns, with_stack_in_layout
 from jgptq.tracing import views
-from jgptq.tracing.graph import as_abstract, called_jaxpr, close, is_quantized
+from jgptq.tracing.graph import as_abstract, is_quantized, is_static
+from jgptq.tracing.jaxprs import called_jaxpr, close, closed, varying_axes
 
 
 @dataclasses.dataclass(frozen=True)
 class _Packed:
-    """A view of a packed leaf, not yet dequantized: the equations that make it of the leaf are kept."""
+    """A view of a packed leaf, not yet dequantized, times a factor, plus an array.
+
+    weight: its stack in its layout. factor: its axes are those of the view, of size 1 where it does not vary.
+    """
 
     weight: QuantizedTensor
     view: views.View
-    equations: tuple[jex.JaxprEqn, ...] = ()
+    factor: jax.Array | None = None
+    addend: jax.Array | None = None
+
+    @classmethod
+    def whole(cls, weight: QuantizedTensor) -> "_Packed":
+        return cls(with_stack_in_layout(weight), views.whole(weight.shape))
 
     def array(self) -> jax.Array:
-        value = self.weight.dequantize()
-        for equation in self.equations:
-            (value,) = _bind(equation, [value])
-        return value
+        value = self.view.of(self.weight.dequantize())
+        if self.factor is not None:
+            value = value * self.factor.astype(value.dtype)
+        return value if self.addend is None else value + self.addend.astype(value.dtype)
+
+    @property
+    def is_plain(self) -> bool:
+        return self.factor is None and self.addend is None
 
 
 def quantized(f: Callable) -> Callable:
     """f(params, *inputs) with some leaves of params packed: same arguments, same outputs, same tree.
 
     Keyword arguments are passed to f as they are. The result may be jitted, vmapped over inputs, and differentiated
-    with respect to inputs and float parameters.
+    with respect to inputs and float parameters. Scans over packed stacks stay scans.
     """
 
     @functools.wraps(f)
@@ -48,18 +63,27 @@ def quantized(f: Callable) -> Callable:
         leaves, tree = jax.tree.flatten(params, is_leaf=is_quantized)
         if not any(is_quantized(leaf) for leaf in leaves):
             return f(params, *inputs, **keywords)
-        abstract = jax.tree.unflatten(tree, [as_abstract(leaf) if is_quantized(leaf) else leaf for leaf in leaves])
-        traced, output = jax.make_jaxpr(functools.partial(f, **keywords), return_shape=True)(abstract, *inputs)
-        arguments = [_Packed(x, views.whole(x.shape)) if is_quantized(x) else x for x in leaves]
-        arguments += jax.tree.leaves(inputs)
+        arrays = [number for number, leaf in enumerate(leaves) if not is_static(leaf)]
+
+        def on_arrays(values, *inputs):
+            full = list(leaves)
+            for number, value in zip(arrays, values, strict=True):
+                full[number] = value
+            return f(jax.tree.unflatten(tree, full), *inputs, **keywords)
+
+        present = [leaves[number] for number in arrays]
+        abstract = [as_abstract(leaf) if is_quantized(leaf) else leaf for leaf in present]
+        traced, output = jax.make_jaxpr(on_arrays, return_shape=True)(abstract, *inputs)
+        arguments = [_Packed.whole(x) if is_quantized(x) else x for x in present] + jax.tree.leaves(inputs)
         results = _evaluate(traced.jaxpr, traced.consts, arguments)
-        return jax.tree.unflatten(jax.tree.structure(output), [_array(value) for value in results])
+        return jax.tree.unflatten(jax.tree.structure(output), _arrays(results))
 
     return apply
 
 
-def _evaluate(jaxpr: jex.Jaxpr, consts, arguments: list[Any]) -> list[Any]:
+def _evaluate(jaxpr: jex.Jaxpr, consts: Sequence, arguments: Sequence) -> list[Any]:
     values = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, arguments, strict=True))
+    makers = {var: equation for equation in jaxpr.eqns for var in equation.outvars}
 
     def read(atom):
         return atom.val if isinstance(atom, jex.Literal) else values[atom]
@@ -67,25 +91,180 @@ def _evaluate(jaxpr: jex.Jaxpr, consts, arguments: list[Any]) -> list[Any]:
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
         packed = any(isinstance(value, _Packed) for value in operands)
-        values.update(zip(equation.outvars, (_serve if packed else _bind)(equation, operands), strict=True))
+        results = _serve(equation, operands, makers) if packed else _bind(equation, operands)
+        values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _serve(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
+def _serve(equation: jex.JaxprEqn, operands: list[Any], makers: dict) -> list[Any]:
     """The results of an equation with a packed operand."""
+    name = equation.primitive.name
     called = called_jaxpr(equation)
     if called is not None:
         return _call(equation, called, operands)
-    if len(operands) == 1:
-        view = views.follow(operands[0].view, equation)
-        if view is not None:
-            packed = operands[0]
-            return [_Packed(packed.weight, view, (*packed.equations, equation))]
-    if equation.primitive.name == "dot_general":
-        product = _product(equation, operands)
-        if product is not None:
-            return [product]
-    return _bind(equation, [_array(value) for value in operands])
+    if name == "optimization_barrier":
+        return operands
+    if name in CONTROL:
+        return CONTROL[name](equation, operands)
+    results = None
+    if name == "split" or len(operands) == 1:
+        results = _follow(equation, operands[0])
+    elif name in ("mul", "div", "add", "sub"):
+        results = _linear(equation, operands, makers)
+    elif name == "dot_general":
+        results = _product(equation, operands)
+    elif name == "gather":
+        results = _rows(equation, operands)
+    return _bind(equation, _arrays(operands)) if results is None else results
+
+
+def _follow(equation: jex.JaxprEqn, packed: _Packed) -> list[_Packed] | None:
+    """Views of a packed weight; those of a part are cut out of it, still packed."""
+    name = equation.primitive.name
+    if name == "neg" and packed.addend is None:
+        ones = jnp.ones((1,) * len(packed.view.axes), packed.weight.dtype)
+        return [dataclasses.replace(packed, factor=-(ones if packed.factor is None else packed.factor))]
+    if not packed.is_plain:  # axes that move would have to move in the factor too: only casts are worth it
+        if name != "convert_element_type":
+            return None
+        view = views.follow(packed.view, equation)
+        return None if view is None else [dataclasses.replace(packed, view=view)]
+    if name == "split":
+        starts = list(itertools.accumulate((int(size) for size in equation.params["sizes"]), initial=0))
+        found = [views.cut(packed.view, equation.params["axis"], *ends) for ends in itertools.pairwise(starts)]
+    else:
+        found = [views.follow(packed.view, equation)]
+    results = [None if view is None else _part(packed.weight, view) for view in found]
+    return None if any(result is None for result in results) else results
+
+
+def _part(weight: QuantizedTensor, view: views.View) -> _Packed | None:
+    """A view of part of a packed weight, as a view of that part."""
+    for axis, ((start, stop), size) in enumerate(zip(view.index, weight.shape, strict=True)):
+        if (start, stop) != (0, size):
+            weight = cut(weight, axis, start, stop)
+            if weight is None:
+                return None
+    return _Packed(weight, view._replace(index=tuple((0, size) for size in weight.shape)))
+
+
+def _linear(equation: jex.JaxprEqn, operands: list[Any], makers: dict) -> list[_Packed] | None:
+    """A packed weight times a factor that varies along few of its axes, or plus an array."""
+    name = equation.primitive.name
+    shape = equation.outvars[0].aval.shape
+    side = next(side for side, value in enumerate(operands) if isinstance(value, _Packed))
+    packed, other, atom = operands[side], operands[1 - side], equation.invars[1 - side]
+    if packed.view.shape != shape:
+        return None
+    if name in ("add", "sub"):
+        other = _array(other)
+        if side == 1 and name == "sub":
+            return None
+        other = jnp.broadcast_to(-other if name == "sub" else other, shape)
+        return [dataclasses.replace(packed, addend=other if packed.addend is None else packed.addend + other)]
+    if packed.addend is not None or (name == "div" and side == 1):
+        return None
+    other = _array(other)
+    axes = varying_axes(jnp.shape(other), shape, None if isinstance(atom, jex.Literal) else makers.get(atom))
+    if axes is None:
+        return None
+    factor = jnp.asarray(other) if jnp.ndim(other) else jnp.reshape(other, (1,) * len(shape))
+    factor = factor[tuple(slice(None) if axis in axes else slice(1) for axis in range(len(shape)))]
+    factor = 1 / factor if name == "div" else factor
+    return [dataclasses.replace(packed, factor=factor if packed.factor is None else packed.factor * factor)]
+
+
+def _product(equation: jex.JaxprEqn, operands: list[Any]) -> list[jax.Array] | None:
+    """A dot_general of a packed weight through `matmul`; None if it does not read the weight as it was packed."""
+    packed = [isinstance(value, _Packed) for value in operands]
+    if all(packed):
+        return None
+    side = packed.index(True)
+    own, x = operands[side], operands[1 - side]
+    weight = own.weight
+    contracted, batch = (tuple(map(tuple, axes)) for axes in equation.params["dimension_numbers"])
+    free = tuple(axis for axis in range(len(own.view.axes)) if axis not in (*contracted[side], *batch[side]))
+    if views.layout(own.view, batch[side], contracted[side], free).roles() != weight.layout.roles():
+        return None
+    result_type = equation.outvars[0].aval.dtype
+    if jnp.issubdtype(result_type, jnp.complexfloating):
+        return None
+    if own.factor is not None and any(own.factor.shape[axis] > 1 for axis in contracted[side]):
+        return None
+
+    other = 1 - side
+    tokens = tuple(axis for axis in range(x.ndim) if axis not in (*contracted[other], *batch[other]))
+    token_shape = tuple(x.shape[axis] for axis in tokens)
+    batch_shape = tuple(x.shape[axis] for axis in batch[other])
+    outputs = tuple(own.view.shape[axis] for axis in free)
+    rows = x.transpose(*batch[other], *tokens, *contracted[other])
+    rows = rows.reshape(*batch_shape, *token_shape, weight.in_features)
+    # The product's own types decide: a weight cast to bfloat16 before use is served in bfloat16.
+    rows = rows.astype(jnp.result_type(rows.dtype, equation.invars[side].aval.dtype))
+    result = _matmul(rows, weight, len(batch_shape), result_type)
+    result = result.reshape(*batch_shape, *token_shape, *outputs)
+    # Now in the order batch, tokens, outputs; dot_general puts the first operand's axes before the second's.
+    if own.factor is not None:
+        factor = own.factor.transpose(*batch[side], *free, *contracted[side])
+        ones = (1,) * len(token_shape)
+        factor = factor.reshape(
+            *factor.shape[: len(batch_shape)], *ones, *factor.shape[len(batch_shape) :][: len(free)]
+        )
+        result = (result * factor).astype(result_type)
+    if side == 0:
+        first, middle = len(batch_shape), len(batch_shape) + len(token_shape)
+        result = result.transpose(*range(first), *range(middle, result.ndim), *range(first, middle))
+    if own.addend is not None:
+        arrays = [own.addend.astype(equation.invars[side].aval.dtype)] * 2
+        arrays[other] = x
+        result = result + _bind(equation, arrays)[0]
+    return [result]
+
+
+def _matmul(x: jax.Array, weight: QuantizedTensor, batch_axes: int, dtype: Any) -> jax.Array:
+    """x (batch…, tokens…, in) @ weight, whose arrays have the axes of the layout's batch in front."""
+    batch = math.prod(x.shape[:batch_axes])
+    plain = dataclasses.replace(weight, layout=_dense(weight))
+    if not weight.layout.batch_axes:
+        return matmul(x, plain, preferred_element_type=dtype)
+    n = len(weight.layout.batch_axes)
+    plain = jax.tree.map(lambda array: array.reshape(batch, *array.shape[n:]), plain)
+    product = jax.vmap(functools.partial(matmul, preferred_element_type=dtype))
+    return product(x.reshape(batch, -1, x.shape[-1]), plain)
+
+
+def _dense(weight: QuantizedTensor) -> Any:
+    return type(weight.layout).dense(weight.in_features, weight.out_features)
+
+
+def _rows(equation: jex.JaxprEqn, operands: list[Any]) -> list[jax.Array] | None:
+    """A gather of whole output columns of a weight (an embedding's rows): only these are dequantized."""
+    table, indices = operands
+    numbers = equation.params["dimension_numbers"]
+    if not isinstance(table, _Packed) or not table.is_plain or len(table.view.axes) != 2:
+        return None
+    layout, view = table.weight.layout, table.view
+    rows, features = view.shape
+    is_rows = (
+        views.layout(view, (), (1,), (0,)).roles() == layout.roles()
+        and tuple(numbers.start_index_map) == (0,)
+        and tuple(numbers.collapsed_slice_dims) == (0,)
+        and tuple(equation.params["slice_sizes"]) == (1, features)
+    )
+    if not is_rows:
+        return None
+    # The same gather over the numbers of the rows says which are taken, and which are out of range.
+    taken = indices[..., 0]
+    values = unpack_columns(table.weight, jnp.clip(taken, 0, rows - 1))
+    for dtype in table.view.casts:
+        values = values.astype(dtype)
+    mode = str(equation.params["mode"])
+    if "FILL" in mode.upper():
+        fill = equation.params["fill_value"]
+        outside = (taken < 0) | (taken >= rows)
+        values = jnp.where(outside[..., None], jnp.asarray(jnp.nan if fill is None else fill, values.dtype), values)
+    axis = numbers.offset_dims[0]
+    return [jnp.moveaxis(values, -1, axis)]
 
 
 def _call(equation: jex.JaxprEqn, called: jex.ClosedJaxpr, operands: list[Any]) -> list[Any]:
@@ -101,7 +280,7 @@ def _call(equation: jex.JaxprEqn, called: jex.ClosedJaxpr, operands: list[Any]) 
     def body(*arrays):
         rest = iter(arrays)
         full = [next(rest) if is_float else value for is_float, value in zip(floats, operands, strict=True)]
-        return [_array(value) for value in _evaluate(called.jaxpr, called.consts, full)]
+        return _arrays(_evaluate(called.jaxpr, called.consts, full))
 
     prevent_cse = params["prevent_cse"]
     if isinstance(prevent_cse, tuple):  # one for each operand
@@ -111,16 +290,19 @@ def _call(equation: jex.JaxprEqn, called: jex.ClosedJaxpr, operands: list[Any]) 
 
 def _call_custom(equation: jex.JaxprEqn, called: jex.ClosedJaxpr, operands: list[Any]) -> list[Any]:
     """A custom_jvp or custom_vjp call: its value from the packed weights, its rule on the dequantized ones."""
+    operands = [value if isinstance(value, _Packed) and value.is_plain else _array(value) for value in operands]
+    if not any(isinstance(value, _Packed) for value in operands):
+        return _bind(equation, operands)
 
     def unpacked(arrays):
         pairs = zip(operands, arrays, strict=True)
         return [dataclasses.replace(v, weight=a) if isinstance(v, _Packed) else a for v, a in pairs]
 
     def served(*arrays):
-        return [_array(value) for value in _evaluate(called.jaxpr, called.consts, unpacked(arrays))]
+        return _arrays(_evaluate(called.jaxpr, called.consts, unpacked(arrays)))
 
     def dense(*arrays):
-        return _bind(equation, [_array(value) for value in unpacked(arrays)])
+        return _bind(equation, _arrays(unpacked(arrays)))
 
     if equation.primitive.name == "custom_jvp_call":
         call = jax.custom_jvp(served)
@@ -131,38 +313,77 @@ def _call_custom(equation: jex.JaxprEqn, called: jex.ClosedJaxpr, operands: list
     return call(*(value.weight if isinstance(value, _Packed) else value for value in operands))
 
 
-def _product(equation: jex.JaxprEqn, operands: list[Any]) -> jax.Array | None:
-    """A dot_general of a packed weight through `matmul`; None if it does not read the weight as it was packed."""
-    packed = [isinstance(value, _Packed) for value in operands]
-    if all(packed):
-        return None
-    side = packed.index(True)
-    weight, view, x = operands[side].weight, operands[side].view, operands[1 - side]
-    contracted, batch = equation.params["dimension_numbers"]
-    if batch[side] or weight.codes.ndim != 2:
-        return None
-    free = tuple(axis for axis in range(len(view)) if axis not in contracted[side])
-    if views.layout(weight.layout.shape, view, (), tuple(contracted[side]), free) != weight.layout:
-        return None
-    if jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.complexfloating):
-        return None
+def _scan(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
+    """A scan stays a scan: packed constants go in by closure, packed stacks are taken apart step by step."""
+    params = equation.params
+    body = closed(params["jaxpr"])
+    first, second = params["num_consts"], params["num_consts"] + params["num_carry"]
+    consts, carry, xs = operands[:first], _arrays(operands[first:second]), operands[second:]
+    stacks = [_stack(x) if isinstance(x, _Packed) else None for x in xs]
+    arrays = [_array(x) if stack is None else stack[0] for x, stack in zip(xs, stacks, strict=True)]
 
-    tokens = tuple(axis for axis in range(x.ndim) if axis not in contracted[1 - side])
-    token_shape = tuple(x.shape[axis] for axis in tokens)
-    rows = x.transpose(*tokens, *contracted[1 - side]).reshape(*token_shape, weight.in_features)
-    # The product's own types decide: a weight cast to bfloat16 before use is served in bfloat16.
-    rows = rows.astype(jnp.result_type(rows.dtype, equation.invars[side].aval.dtype))
-    result = matmul(rows, weight, preferred_element_type=equation.outvars[0].aval.dtype)
-    outputs = tuple(equation.invars[side].aval.shape[axis] for axis in free)
-    result = result.reshape(*token_shape, *outputs)
-    if side == 0:  # dot_general puts the first operand's axes first
-        count = len(token_shape)
-        result = result.transpose(*range(count, result.ndim), *range(count))
-    return result
+    def step(carry, slices):
+        elements = [
+            x if stack is None else _Packed(dataclasses.replace(x, layout=stack[1]), stack[2])
+            for x, stack in zip(slices, stacks, strict=True)
+        ]
+        results = _arrays(_evaluate(body.jaxpr, body.consts, [*consts, *carry, *elements]))
+        return results[: params["num_carry"]], results[params["num_carry"] :]
+
+    carry, ys = lax.scan(
+        step, carry, arrays, length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
+    )
+    return [*carry, *ys]
+
+
+def _stack(packed: _Packed) -> tuple[QuantizedTensor, Any, views.View] | None:
+    """A packed weight whose view is a stack of matrices along its leading axis: arrays with that axis leading, and the
+    layout and view of one element; None if it is no such stack."""
+    if not packed.is_plain or not packed.view.axes:
+        return None
+    layout = packed.weight.layout
+    view = views.cut(packed.view, 0, 0, 1)
+    if view is None or packed.view.shape[0] == 1:
+        return None
+    one = jax.eval_shape(lambda weight: _part(weight, view).weight, packed.weight)
+    if len(one.layout.batch_axes) != len(layout.batch_axes) - 1:
+        return None
+    (factor,) = packed.view.axes[0]
+    position = layout.batch_axes.index(layout.axes.index(factor.axis))
+    arrays = jax.tree.map(lambda array: jnp.moveaxis(array, position, 0), packed.weight)
+    index = tuple((0, size) for size in one.layout.shape)
+    return arrays, one.layout, view._replace(index=index, axes=view.axes[1:])
+
+
+def _while(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
+    params = equation.params
+    test, body = closed(params["cond_jaxpr"]), closed(params["body_jaxpr"])
+    first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    return lax.while_loop(
+        lambda carry: _arrays(_evaluate(test.jaxpr, test.consts, [*operands[:first], *carry]))[0],
+        lambda carry: _arrays(_evaluate(body.jaxpr, body.consts, [*operands[first:second], *carry])),
+        _arrays(operands[second:]),
+    )
+
+
+def _cond(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
+    index, *rest = operands
+
+    def run(branch: jex.ClosedJaxpr) -> list[Any]:
+        return _arrays(_evaluate(branch.jaxpr, branch.consts, rest))
+
+    return lax.switch(index, [functools.partial(run, closed(branch)) for branch in equation.params["branches"]])
+
+
+CONTROL = {"scan": _scan, "while": _while, "cond": _cond}
 
 
 def _array(value: Any) -> Any:
     return value.array() if isinstance(value, _Packed) else value
+
+
+def _arrays(values: Sequence) -> list[Any]:
+    return [_array(value) for value in values]
 
 
 def _bind(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:

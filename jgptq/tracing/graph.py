@@ -1,13 +1,8 @@
-"""A function as a flat list of equations, and the products of a weight with an activation found in it.
-
-The function is traced once to a jaxpr; calls inside it are inlined; every value that is a mere view of a parameter
-leaf (transposed, reshaped, cast) is followed back to the leaf.
-"""
+"""A function traced to a flat list of equations, and what it does with each of its parameters."""
 
 import dataclasses
-import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,62 +10,123 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.tensor import Layout, QuantizedTensor
-from jgptq.tracing import views
-
-Atom = Any  # jex.Var | jex.Literal
+from jgptq.tensor import Index, Layout, QuantizedTensor, join_layouts
+from jgptq.tracing.flatten import Flattener, Use
+from jgptq.tracing.jaxprs import Atom
+from jgptq.tracing.products import Product
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Product:
-    """How a dot_general reads its activation: x (…) becomes (tokens, in) with `tokens` and `contracted` axes moved."""
+class Read:
+    """One product with a weight: what it reads besides, and the position of the first equation for it."""
 
-    tokens: tuple[int, ...]
-    contracted: tuple[int, ...]
+    product: Product
+    activations: tuple[Atom, ...]
+    position: int
 
-    def matrix(self, x: jax.Array) -> jax.Array:
-        """The activation as (tokens, in) rows; whole numbers become float32."""
-        rows, columns = (math.prod(x.shape[axis] for axis in axes) for axes in (self.tokens, self.contracted))
-        matrix = x.transpose(*self.tokens, *self.contracted).reshape(rows, columns)
-        return matrix if jnp.issubdtype(x.dtype, jnp.floating) else matrix.astype(jnp.float32)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of a leaf that is solved by itself: all of it, a layer of a stack, or a slice of outputs.
+
+    index: start and stop along each axis of the leaf. layout: of the part. reads: its products; their Hessians add.
+    start: the position from which on the graph may run only with the part's quantized values.
+    """
+
+    leaf: int
+    index: Index
+    layout: Layout
+    reads: tuple[Read, ...]
+    start: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Site:
     """One parameter leaf as seen by the function.
 
-    path: the leaf's keys joined by dots. quantizable: it is the weight of exactly one product and used nowhere else;
-    reason: what it is used for, and if not quantizable, why not. layout: how the leaf maps to (in, out).
+    path: the leaf's keys joined by dots. quantizable: everything it is used for is a product that reads it as a
+    weight. tied: it has such products and other uses as well, and is quantized only if asked for.
+    reason: what it is used for, and if not quantizable, why not. layout: how the leaf maps to (batch…, in, out).
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: Any
     quantizable: bool
+    tied: bool
     reason: str
     layout: Layout | None = None
     leaf: int = dataclasses.field(repr=False)
-    activation: Any = dataclasses.field(default=None, repr=False)
-    product: Product | None = dataclasses.field(default=None, repr=False)
-    position: int = dataclasses.field(default=0, repr=False)
+    parts: tuple[Part, ...] = dataclasses.field(default=(), repr=False)
 
     def __str__(self) -> str:
         shape = "×".join(map(str, self.shape)) or "scalar"
         return f"{self.path}  {shape} {np.dtype(self.dtype).name}  {self.reason}"
 
+    def name(self, part: Part) -> str:
+        """The path of a part, written as in NumPy: `layers.kernel[3]`, `qkv[:, 0:64]`."""
+        ranges = []
+        for axis, ((start, stop), size) in enumerate(zip(part.index, self.shape, strict=True)):
+            if (start, stop) != (0, size):
+                ranges += [":"] * (axis - len(ranges))
+                ranges.append(str(start) if stop - start == 1 else f"{start}:{stop}")
+        return self.path + (f"[{', '.join(ranges)}]" if ranges else "")
+
+
+class Sites(list[Site]):
+    """Sites that print as a table."""
+
+    def __str__(self) -> str:
+        rows = [("", "weight", "shape", "dtype", "what it is used for")]
+        for site in self:
+            mark = "yes" if site.quantizable else "tied" if site.tied else "no"
+            shape = "×".join(map(str, site.shape)) or "scalar"
+            rows.append((mark, site.path, shape, np.dtype(site.dtype).name, site.reason))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join((*map(str.ljust, row, widths), row[4])) for row in rows]
+        count = sum(site.quantizable for site in self)
+        return "\n".join([*lines, f"{count} of {len(self)} floating-point leaves can be quantized"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """Parts solved on one Hessian: those that read the same activations in the same way."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def start(self) -> int:
+        return min(part.start for part in self.parts)
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return self.parts[0].reads
+
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """A traced function: equations in order, over variables used once as outputs and nowhere redefined."""
+    """A traced function: equations in order, over variables defined once.
+
+    parts: variables that stand for part of a leaf. last_use: the last equation that reads a variable.
+    """
 
     equations: list[jex.JaxprEqn]
-    leaves: list[jex.Var]
     inputs: list[jex.Var]
     outputs: list[Atom]
     output_tree: Any
     constants: dict[jex.Var, Any]
-    leaf_views: dict[jex.Var, tuple[int, int]]  # variable -> (leaf, position of the equation that makes the view)
-    sites: list[Site]
+    parts: dict[jex.Var, tuple[int, Index]]
+    last_use: dict[jex.Var, int]
+    sites: Sites
+
+    def steps(self, leaves: Iterable[int]) -> list[Step]:
+        """The parts of these leaves by the activations they read, in order of first use."""
+        chosen = set(leaves)
+        parts = [part for site in self.sites if site.leaf in chosen for part in site.parts]
+        groups: dict[Any, list[Part]] = defaultdict(list)
+        for part in sorted(parts, key=lambda part: part.start):
+            groups[tuple((read.product, read.activations) for read in part.reads)].append(part)
+        return sorted((Step(parts=tuple(group)) for group in groups.values()), key=lambda step: step.start)
 
 
 def leaf_paths(params: Any) -> list[tuple[str, Any]]:
@@ -83,6 +139,11 @@ def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, QuantizedTensor)
 
 
+def is_static(leaf: Any) -> bool:
+    """Whether a leaf is neither an array nor a number: a function in an Equinox module, say. It is traced as it is."""
+    return not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex | QuantizedTensor))
+
+
 def trace(f: Callable, params: Any, *inputs: Any) -> Graph:
     """Traces f(params, *inputs); parameter leaves may be anything with a shape and a dtype."""
     if not callable(f):
@@ -91,38 +152,46 @@ def trace(f: Callable, params: Any, *inputs: Any) -> Graph:
     for path, leaf in named:
         if is_quantized(leaf):
             raise ValueError(f"{path} is already a QuantizedTensor; give float parameters (dequantize it first)")
-        if not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)):
-            raise TypeError(
-                f"{path} is a {type(leaf).__name__}; parameters are arrays or numbers: "
-                "bind anything else to f with functools.partial"
-            )
-    abstract = jax.tree.map(as_abstract, params)
-    closed, output = jax.make_jaxpr(f, return_shape=True)(abstract, *inputs)
-    constants: dict[jex.Var, Any] = {}
-    invars = [jex.Var(v.aval) for v in closed.jaxpr.invars]
-    equations: list[jex.JaxprEqn] = []
-    outputs = _inline(closed.jaxpr, closed.consts, invars, equations, constants)
-    equations, outputs = _without_repeats(equations, outputs)
-    equations = _without_dead(equations, outputs)
-    leaves = invars[: len(named)]
-    leaf_views, view_of = _follow_leaves(equations, leaves)
-    sites = _find_sites(named, equations, outputs, leaves, leaf_views, view_of)
+    leaves, tree = jax.tree.flatten(params)
+    arrays = [number for number, leaf in enumerate(leaves) if not is_static(leaf)]
+
+    def on_arrays(values, *inputs):
+        full = list(leaves)
+        for number, value in zip(arrays, values, strict=True):
+            full[number] = value
+        return f(jax.tree.unflatten(tree, full), *inputs)
+
+    abstract = [as_abstract(leaves[number]) for number in arrays]
+    closed, output = jax.make_jaxpr(on_arrays, return_shape=True)(abstract, *inputs)
+    flat = Flattener()
+    avals = [var.aval for var in closed.jaxpr.invars]
+    symbols = [flat.leaf(number, aval) for number, aval in zip(arrays, avals, strict=False)]
+    variables = [flat.input(aval) for aval in avals[len(arrays) :]]
+    results = flat.run(closed.jaxpr, closed.consts, [*symbols, *variables])
+    outputs = [flat.output(result) for result in results]
+    equations = _without_dead(flat.equations, outputs)
+    last_use = {
+        atom: position
+        for position, equation in enumerate(equations)
+        for atom in equation.invars
+        if isinstance(atom, jex.Var)
+    }
     return Graph(
-        equations,
-        leaves,
-        invars[len(named) :],
-        outputs,
-        jax.tree.structure(output),
-        constants,
-        leaf_views,
-        sites,
+        equations=equations,
+        inputs=variables,
+        outputs=outputs,
+        output_tree=jax.tree.structure(output),
+        constants=flat.constants,
+        parts=flat.parts,
+        last_use=last_use,
+        sites=_find_sites(named, flat.uses, equations),
     )
 
 
-def find_weights(f: Callable, params: Any, *inputs: Any) -> list[Site]:
+def find_weights(f: Callable, params: Any, *inputs: Any) -> Sites:
     """Every floating-point leaf of the parameters of f(params, *inputs): what would be quantized, what not, and why.
 
-    Nothing is computed: params and inputs may be jax.ShapeDtypeStruct. Print the items for a readable line each.
+    Nothing is computed: params and inputs may be jax.ShapeDtypeStruct. The list prints as a table.
     """
     return trace(f, params, *inputs).sites
 
@@ -135,85 +204,7 @@ def as_abstract(leaf: Any) -> Any:
     return leaf
 
 
-def called_jaxpr(equation: jex.JaxprEqn) -> jex.ClosedJaxpr | None:
-    """The jaxpr of an equation that only calls it (jit, remat, custom_jvp, custom_vjp …); None for all others."""
-    if equation.primitive.name not in CALLS:
-        return None
-    params = equation.params
-    called = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
-    return called if isinstance(called, jex.ClosedJaxpr) else jex.ClosedJaxpr(called, ())
-
-
-def close(inputs: list[jex.Var], outputs: list[Atom], equations: list[jex.JaxprEqn]) -> jex.ClosedJaxpr:
-    """A jaxpr of these equations, with no constants."""
-    names = jex.DebugInfo("jgptq", "segment", None, None)
-    return jex.ClosedJaxpr(jex.Jaxpr((), inputs, outputs, equations, debug_info=names), ())
-
-
-# Equations that stand for the value of their jaxpr. Derivative rules are lost: a forward pass needs none.
-CALLS = (
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "remat",
-    "remat2",
-    "checkpoint",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_vjp_call_jaxpr",
-)
-
-
-def _inline(jaxpr, consts, invars, equations, constants) -> list[Atom]:
-    """Appends the equations of a jaxpr with calls inlined and fresh variables; returns its outputs."""
-    values: dict[Any, Atom] = dict(zip(jaxpr.invars, invars, strict=True))
-    for var, value in zip(jaxpr.constvars, consts, strict=True):
-        values[var] = jex.Var(var.aval)
-        constants[values[var]] = value
-
-    def read(atom):
-        return atom if isinstance(atom, jex.Literal) else values[atom]
-
-    for equation in jaxpr.eqns:
-        arguments = [read(atom) for atom in equation.invars]
-        called = called_jaxpr(equation)
-        if called is not None:
-            results = _inline(called.jaxpr, called.consts, arguments, equations, constants)
-        else:
-            results = [jex.Var(var.aval) for var in equation.outvars]
-            equations.append(equation.replace(invars=arguments, outvars=results))
-        values.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-# Cheap one-operand equations that layers repeat on a shared input (each casts or reshapes x for itself).
-SHARED = ("convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim", "stop_gradient", "copy")
-
-
-def _without_repeats(equations, outputs):
-    """Makes equal cheap equations on one operand one, so that layers that share an input are seen to."""
-    first: dict[Any, jex.Var] = {}
-    same: dict[jex.Var, jex.Var] = {}
-
-    def read(atom):
-        return atom if isinstance(atom, jex.Literal) else same.get(atom, atom)
-
-    kept = []
-    for equation in equations:
-        equation = equation.replace(invars=[read(atom) for atom in equation.invars])
-        operand = equation.invars[0] if equation.invars else None
-        if equation.primitive.name in SHARED and len(equation.invars) == 1 and isinstance(operand, jex.Var):
-            key = (equation.primitive.name, operand, str(sorted(equation.params.items(), key=lambda item: item[0])))
-            if key in first:
-                same[equation.outvars[0]] = first[key]
-                continue
-            first[key] = equation.outvars[0]
-        kept.append(equation)
-    return kept, [read(atom) for atom in outputs]
-
-
-def _without_dead(equations, outputs):
+def _without_dead(equations: list[jex.JaxprEqn], outputs: list[Atom]) -> list[jex.JaxprEqn]:
     """Drops equations that no output needs; those with effects stay."""
     needed = {atom for atom in outputs if isinstance(atom, jex.Var)}
     kept = []
@@ -224,93 +215,86 @@ def _without_dead(equations, outputs):
     return kept[::-1]
 
 
-def _follow_leaves(equations, leaves):
-    """Every variable that is a view of a leaf: where it is made, and the view itself."""
-    leaf_views: dict[jex.Var, tuple[int, int]] = {}
-    view_of = {var: views.whole(var.aval.shape) for var in leaves if hasattr(var.aval, "shape")}
-    leaf_of = {var: leaf for leaf, var in enumerate(leaves)}
-    for position, equation in enumerate(equations):
-        operand = equation.invars[0] if len(equation.invars) == 1 else None
-        if isinstance(operand, jex.Var) and operand in view_of:
-            view = views.follow(view_of[operand], equation)
-            if view is not None:
-                result = equation.outvars[0]
-                view_of[result], leaf_of[result] = view, leaf_of[operand]
-                leaf_views[result] = (leaf_of[operand], position)
-    return leaf_views, view_of
+def _find_sites(named: list[tuple[str, Any]], uses: list[Use], equations: list[jex.JaxprEqn]) -> Sites:
+    position = {var: number for number, equation in enumerate(equations) for var in equation.outvars}
+    by_leaf: dict[int, list[tuple[int, Use]]] = defaultdict(list)
+    for use in uses:
+        if use.first is None or use.first in position:
+            by_leaf[use.leaf].append((position.get(use.first, len(equations)), use))
 
-
-def _find_sites(named, equations, outputs, leaves, leaf_views, view_of) -> list[Site]:
-    leaf_of = {var: leaf for leaf, var in enumerate(leaves)} | {var: leaf for var, (leaf, _) in leaf_views.items()}
-    products: dict[int, list[dict]] = defaultdict(list)
-    others: dict[int, list[str]] = defaultdict(list)
-    for position, equation in enumerate(equations):
-        if any(var in leaf_views for var in equation.outvars):
+    sites = Sites()
+    for leaf, (path, array) in enumerate(named):
+        dtype = jnp.dtype(getattr(array, "dtype", type(array))) if not is_static(array) else None
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             continue
-        operands = [atom if isinstance(atom, jex.Var) and atom in leaf_of else None for atom in equation.invars]
-        weights = [operand for operand in operands if operand is not None]
-        if equation.primitive.name == "dot_general" and len(weights) == 1:
-            side = operands.index(weights[0])
-            found = _product(equation, side, view_of[weights[0]], leaves[leaf_of[weights[0]]].aval.shape)
-            if isinstance(found, str):
-                others[leaf_of[weights[0]]].append(found)
-            else:
-                layout, product = found
-                products[leaf_of[weights[0]]].append(
-                    {
-                        "layout": layout,
-                        "product": product,
-                        "activation": equation.invars[1 - side],
-                        "position": position,
-                    }
-                )
-            continue
-        for operand in weights:
-            name = equation.primitive.name
-            others[leaf_of[operand]].append("a product of two weights" if name == "dot_general" else name)
-    for atom in outputs:
-        if isinstance(atom, jex.Var) and atom in leaf_of:
-            others[leaf_of[atom]].append("an output of the function")
-
-    sites = []
-    for leaf, (path, _) in enumerate(named):
-        aval = leaves[leaf].aval
-        shape, dtype = tuple(aval.shape), aval.dtype
-        quantizable, reason = _verdict(products[leaf], others[leaf])
-        if not jnp.issubdtype(dtype, jnp.floating):
-            continue
-        details = products[leaf][0] if quantizable else {}
+        shape = tuple(np.shape(array)) if not hasattr(array, "shape") else tuple(array.shape)
+        found = by_leaf[leaf]
+        products = [(start, use) for start, use in found if use.product is not None]
+        others = [(start, use.kind) for start, use in found if use.product is None]
+        layout, parts, reason = _parts(leaf, shape, products, others)
+        tied = layout is not None and bool(others)
         sites.append(
-            Site(path=path, shape=shape, dtype=dtype, quantizable=quantizable, reason=reason, leaf=leaf, **details)
+            Site(
+                path=path,
+                shape=shape,
+                dtype=dtype,
+                quantizable=layout is not None and not others,
+                tied=tied,
+                reason=reason,
+                layout=layout,
+                leaf=leaf,
+                parts=parts,
+            )
         )
     return sites
 
 
-def _verdict(products: list[dict], others: list[str]) -> tuple[bool, str]:
-    uses = ", ".join(dict.fromkeys(others))
-    if not products:
-        return False, f"no product that could be quantized (used in {uses})" if uses else "not used"
-    if len(products) > 1:
-        return False, f"used in {len(products)} products" + (f" and in {uses}" if uses else "")
-    if others:
-        return False, f"also used in {uses}"
-    layout = products[0]["layout"]
-    return True, f"product of {layout.in_features} inputs and {layout.out_features} outputs"
-
-
-def _product(equation, side: int, view: views.View, shape: tuple[int, ...]) -> tuple[Layout, Product] | str:
-    """The roles of weight and activation in a dot_general; or why it cannot be quantized."""
-    contracted, batch = equation.params["dimension_numbers"]
-    activation = equation.invars[1 - side].aval
-    if batch[side]:
-        return "a batched product"
+def _parts(
+    leaf: int, shape: tuple[int, ...], products: Sequence[tuple[int, Use]], others: Sequence[tuple[int, str]]
+) -> tuple[Layout | None, tuple[Part, ...], str]:
+    """The leaf's layout and parts, if products cover it; and the reason in words."""
+    elsewhere = ", ".join(dict.fromkeys(kind for _, kind in others))
     if 0 in shape:
-        return "a product of no elements"
-    if jnp.issubdtype(activation.dtype, jnp.complexfloating):
-        return "a complex product"
-    free = tuple(axis for axis in range(len(view)) if axis not in contracted[side])
-    tokens = tuple(axis for axis in range(len(activation.shape)) if axis not in contracted[1 - side])
-    layout = views.layout(shape, view, (), tuple(contracted[side]), free)
-    if not layout.in_axes:
-        return "an outer product"
-    return layout, Product(tokens=tokens, contracted=tuple(contracted[1 - side]))
+        return None, (), "it has no elements"
+    if not products:
+        return None, (), f"no product that could be quantized (used in {elsewhere})" if others else "not used"
+    by_index: dict[Index, list[tuple[int, Use]]] = defaultdict(list)
+    for start, use in products:
+        by_index[use.index].append((start, use))
+    if any(len({_roles(use.layout) for _, use in group}) > 1 for group in by_index.values()):
+        return None, (), f"used in {len(products)} products, in different roles"
+    layouts = {index: group[0][1].layout for index, group in by_index.items()}
+    layout = join_layouts(shape, layouts)
+    if layout is None:
+        return None, (), "used through slices that overlap, leave some of it out, or cut its inputs unequally"
+    earliest = [start for start, _ in others]  # a leaf with other uses must be quantized before the first of them
+    parts = tuple(
+        Part(
+            leaf=leaf,
+            index=index,
+            layout=layouts[index],
+            reads=tuple(Read(product=use.product, activations=use.activations, position=start) for start, use in group),
+            start=min([*earliest, *(start for start, _ in group)]),
+        )
+        for index, group in by_index.items()
+    )
+    return layout, parts, _reason(layout, parts, elsewhere)
+
+
+def _roles(layout: Layout) -> Any:
+    return layout.shape, layout.roles()
+
+
+def _reason(layout: Layout, parts: tuple[Part, ...], elsewhere: str) -> str:
+    reason = f"product of {layout.in_features} inputs and {layout.out_features} outputs"
+    batch = layout.sizes(layout.batch_axes)
+    if batch:
+        reason = (
+            f"{'×'.join(map(str, batch))} products of {layout.in_features} inputs and {layout.out_features} outputs"
+        )
+    reads = max(len(part.reads) for part in parts)
+    if reads > 1:
+        reason += f", shared by {reads} calls"
+    if elsewhere:
+        reason += f"; also used in {elsewhere}, so left alone unless Options(tied=True)"
+    return reason

@@ -7,7 +7,8 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from jgptq.tracing.graph import Graph, called_jaxpr, close
+from jgptq.tracing.graph import Graph
+from jgptq.tracing.jaxprs import called_jaxpr, close
 
 
 class Program:
@@ -33,7 +34,7 @@ def run(program: Program, arguments: list[Any]) -> list[Any]:
 
 
 class Segment(NamedTuple):
-    """A program with the graph's variables that go in and come out; leaves among the inputs are parameters."""
+    """A program with the graph's variables that go in and come out."""
 
     program: Program
     inputs: list[jex.Var]
@@ -41,24 +42,8 @@ class Segment(NamedTuple):
 
 
 def segment(graph: Graph, start: int, stop: int, live: set[jex.Var]) -> Segment:
-    """Equations start .. stop of a graph, giving those of their results that are in `live`.
-
-    Views of a leaf are made again in each segment that uses them, so that a leaf may be replaced in between.
-    """
-    body = [e for e in graph.equations[start:stop] if not any(var in graph.leaf_views for var in e.outvars)]
-    used = [atom for equation in body for atom in equation.invars if isinstance(atom, jex.Var)]
-    # No view is carried to a later segment, which would hold it once a batch; only the function's own outputs are.
-    wanted = {atom for atom in graph.outputs if isinstance(atom, jex.Var) and atom in graph.leaf_views} & live
-    made_here = [var for var in wanted if start <= graph.leaf_views[var][1] < stop]
-    positions: set[int] = set()
-    pending = [var for var in (*used, *made_here) if var in graph.leaf_views]
-    while pending:
-        position = graph.leaf_views[pending.pop()][1]
-        if position not in positions:
-            positions.add(position)
-            pending += [atom for atom in graph.equations[position].invars if atom in graph.leaf_views]
-    equations = [graph.equations[position] for position in sorted(positions)] + body
-
+    """Equations start .. stop of a graph, giving those of their results that are in `live`."""
+    equations = graph.equations[start:stop]
     defined: set[jex.Var] = set()
     inputs: dict[jex.Var, None] = {}
     for equation in equations:
@@ -66,8 +51,7 @@ def segment(graph: Graph, start: int, stop: int, live: set[jex.Var]) -> Segment:
             if isinstance(atom, jex.Var) and atom not in defined:
                 inputs[atom] = None
         defined.update(equation.outvars)
-    results = [var for equation in equations for var in equation.outvars if var in live]
-    outputs = [var for var in results if var in made_here or var not in graph.leaf_views]
+    outputs = [var for equation in equations for var in equation.outvars if var in live]
     _check_no_references(outputs)
     return Segment(Program(list(inputs), outputs, equations), list(inputs), outputs)
 

@@ -1,48 +1,75 @@
 """Calibration batches on their way through a graph, segment by segment."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 
-from jgptq.tracing.graph import Graph, Site
+from jgptq.tensor import Index
+from jgptq.tracing.graph import Graph
 from jgptq.tracing.segments import run, segment
 
 
 class Stream:
-    """Batches of one shape, and their values at the equation reached."""
+    """Batches of one shape, and their values at the equation reached.
 
-    def __init__(self, graph: Graph, batches: list, leaves: list, programs: dict, keep_outputs: bool):
+    read_part: gives the present values of part of a leaf. on_host: values wait in the host's memory between segments.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        batches: list,
+        read_part: Callable[[int, Index], Any],
+        programs: dict,
+        *,
+        keep_outputs: bool,
+        on_host: bool,
+    ):
         self.graph = graph
-        self.steps = _steps(graph)
-        self._position = 0
-        self._leaf_values = leaves  # shared with the executor, which replaces weights in it
-        self._leaf_number = {var: number for number, var in enumerate(graph.leaves)}
+        self.position = 0
+        self._read_part = read_part
         self._programs = programs
+        self._on_host = on_host
         self._batch_values = [dict(zip(graph.inputs, jax.tree.leaves(batch), strict=True)) for batch in batches]
-        self._last_use: dict[jex.Var, int] = {}
-        for position, equation in enumerate(graph.equations):
-            self._last_use.update((atom, position) for atom in equation.invars if isinstance(atom, jex.Var))
+        self._last_use = dict(graph.last_use)
         if keep_outputs:
             end = len(graph.equations)
             self._last_use.update((atom, end) for atom in graph.outputs if isinstance(atom, jex.Var))
 
     def advance(self, position: int) -> None:
         """Runs the equations up to `position` for every batch and drops the values nothing later uses."""
+        if position == self.position:
+            return
         live = {var for var, last in self._last_use.items() if last >= position}
-        part = segment(self.graph, self._position, position, live)
+        part = segment(self.graph, self.position, position, live)
         program = self._programs.setdefault(part.program, part.program)
+        common = {var: self._common(var) for var in part.inputs if self._is_common(var)}
         for values in self._batch_values:
-            arguments = [self._read(values, var) for var in part.inputs]
-            values.update(zip(part.outputs, run(program, arguments), strict=True))
+            arguments = [common[var] if var in common else values[var] for var in part.inputs]
+            results = run(program, arguments)
+            values.update(zip(part.outputs, map(_to_host, results) if self._on_host else results, strict=True))
             for var in [var for var in values if var not in live]:
                 del values[var]
-        self._position = position
+        self.position = position
 
-    def has_passed(self, leaf: int) -> bool:
-        """Whether the equations run so far include the product of a quantizable leaf."""
-        return next(site for step in self.steps for site in step if site.leaf == leaf).position < self._position
+    def snapshot(self) -> Any:
+        """What `restore` takes to come back here."""
+        return self.position, [dict(values) for values in self._batch_values]
+
+    def restore(self, snapshot: Any) -> None:
+        self.position, self._batch_values = snapshot
+
+    def has_passed(self, leaf: int, index: Index) -> bool:
+        """Whether nothing from here on reads anything of part of a leaf."""
+        return all(
+            self._last_use.get(var, -1) < self.position
+            for var, (other, theirs) in self.graph.parts.items()
+            if other == leaf and all(a[0] < b[1] and b[0] < a[1] for a, b in zip(index, theirs, strict=True))
+        )
 
     def outputs(self) -> list[Any]:
         """Runs to the end: the function's outputs for each batch, in its own tree; needs keep_outputs."""
@@ -54,17 +81,18 @@ class Stream:
         """A variable's value for each batch."""
         if isinstance(atom, jex.Literal):
             return [jnp.asarray(atom.val, atom.aval.dtype)] * len(self._batch_values)
-        return [self._read(values, atom) for values in self._batch_values]
+        if self._is_common(atom):
+            return [self._common(atom)] * len(self._batch_values)
+        return [values[atom] for values in self._batch_values]
 
-    def _read(self, values: dict, var: jex.Var) -> Any:
-        if var in self._leaf_number:
-            return self._leaf_values[self._leaf_number[var]]
-        return self.graph.constants[var] if var in self.graph.constants else values[var]
+    def _is_common(self, var: jex.Var) -> bool:
+        return var in self.graph.parts or var in self.graph.constants
+
+    def _common(self, var: jex.Var) -> Any:
+        if var in self.graph.parts:
+            return self._read_part(*self.graph.parts[var])
+        return self.graph.constants[var]
 
 
-def _steps(graph: Graph) -> list[list[Site]]:
-    """Quantizable sites grouped by the activation they read, in order of first use."""
-    groups: dict[Any, list[Site]] = {}
-    for site in sorted((site for site in graph.sites if site.quantizable), key=lambda site: site.position):
-        groups.setdefault((site.activation, site.product), []).append(site)
-    return list(groups.values())
+def _to_host(array: jax.Array) -> Any:
+    return array if jnp.issubdtype(array.dtype, jax.dtypes.extended) else np.asarray(array)

@@ -85,16 +85,28 @@ def test_the_layout_makes_the_product_a_matrix_product(name):
 
 
 REFUSED = {
-    "used twice": (lambda p, x: (x @ p["w"]) @ p["w"], "used in 2 products"),
+    "used in two roles": (lambda p, x: (x @ p["w"]) @ p["w"].T, "used in 2 products, in different roles"),
     "tied": (lambda p, x: p["w"][jnp.zeros(3, int)] @ x[0].T @ jnp.ones((5, 24)) @ p["w"], "also used in gather"),
-    "scaled before use": (lambda p, x: x @ (2.0 * p["w"]), "used in mul"),
+    "scaled along its inputs": (
+        lambda p, x: x @ (jnp.arange(24.0)[:, None] * p["w"]),
+        "a product after scaling along its inputs",
+    ),
+    "scaled by the data": (lambda p, x: x @ (x.sum() * p["w"]), "used in mul"),
+    "scaled at random": (lambda p, x: x @ (jnp.cos(jnp.arange(576.0).reshape(24, 24)) * p["w"]), "used in mul"),
+    "half of it unused": (lambda p, x: x @ p["w"][:, :12], "slices that overlap, leave some of it out"),
     "product of two weights": (lambda p, x: x @ (p["w"] @ p["w"]), "a product of two weights"),
-    "batched": (lambda p, x: jnp.einsum("bte,bef->btf", x[:1], p["w"][None]), "a batched product"),
-    "sliced": (lambda p, x: x[..., :4] @ p["w"][:4], "slice"),
+    "sliced in the inputs, unequally": (
+        lambda p, x: x[..., :4] @ p["w"][:4] + x[..., 4:] @ p["w"][4:],
+        "cut its inputs unequally",
+    ),
     "an output": (lambda p, x: (x @ p["w"], p["w"]), "an output of the function"),
-    "in a scan": (
-        lambda p, x: jax.lax.scan(lambda c, _: (c @ p["w"], None), x, None, length=2)[0],
-        "scan",
+    "in a long scan": (
+        lambda p, x: jax.lax.scan(lambda c, _: (c @ p["w"], None), x, None, length=1000)[0],
+        "a scan of 1000 steps",
+    ),
+    "in a loop of unknown length": (
+        lambda p, x: jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: c @ p["w"], x),
+        "used in while",
     ),
     "complex": (lambda p, x: jax.lax.dot_general(x * 1j, p["w"], (((2,), (0,)), ((), ()))), "a complex product"),
     "unused": (lambda p, x: x, "not used"),
@@ -135,7 +147,7 @@ def test_inputs_that_layers_cast_for_themselves_are_one_input():
         return [x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16) for w in p]
 
     a, b = find_weights(f, [shaped(24, 8), shaped(24, 4)], X)
-    assert a.activation is b.activation
+    assert a.parts[0].reads[0].activations == b.parts[0].reads[0].activations
 
 
 def test_linen_and_nnx_modules_need_no_code_of_their_own():
@@ -176,10 +188,7 @@ def test_quantized_params_are_refused_with_the_path():
 
 def test_a_weight_of_no_elements_is_left_alone():
     (empty,) = find_weights(lambda p, x: x @ p, shaped(24, 0), X)
-    assert (empty.quantizable, empty.reason) == (
-        False,
-        "no product that could be quantized (used in a product of no elements)",
-    )
+    assert (empty.quantizable, empty.reason) == (False, "it has no elements")
 
 
 def test_a_weakly_typed_leaf_takes_the_dtype_of_what_it_meets():
@@ -188,14 +197,18 @@ def test_a_weakly_typed_leaf_takes_the_dtype_of_what_it_meets():
     (site, _) = find_weights(
         lambda p, x: (x.astype(jnp.bfloat16) * p[1]) @ p[0].astype(jnp.bfloat16), [shaped(24, 8), weak], X
     )
-    assert site.activation.aval.dtype == jnp.bfloat16
+    assert site.parts[0].reads[0].activations[0].aval.dtype == jnp.bfloat16
 
 
 def test_what_cannot_be_traced_is_named(without_type_checker):
     with pytest.raises(TypeError, match=r"f is a dict; give a function f\(params, \*inputs\)"):
         find_weights({"w": X}, lambda p, x: x)
-    with pytest.raises(TypeError, match=r"name is a str; parameters are arrays or numbers: bind anything else"):
-        find_weights(lambda p, x: x, {"name": "a"}, X)
+
+
+def test_leaves_that_are_no_arrays_are_taken_as_they_are():
+    params = {"w": shaped(24, 8), "activation": jnp.tanh, "name": "a"}
+    found = find_weights(lambda p, x: p["activation"](x @ p["w"]) if p["name"] == "a" else x, params, X)
+    assert only(found).path == "w"
 
 
 def test_keyword_and_static_arguments_are_closed_over():

@@ -1,0 +1,333 @@
+"""A jaxpr as one flat list of equations, with every use of a parameter in it.
+
+The jaxpr is run on symbols. A value computed from a parameter alone by views, casts, scaling and sums is carried as a
+`Weight`, and written out as equations only before an equation that uses it, again for each use: no value derived from
+a weight is alive between two products, so a weight may be replaced there. Calls are inlined, and scans over stacked
+weights unrolled, each step reading its own part of the stack.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jgptq.tensor import Index, Layout
+from jgptq.tracing import views
+from jgptq.tracing.jaxprs import Atom, called_jaxpr, closed, varying_axes
+from jgptq.tracing.products import Product, read_product
+
+# A scan over weights is unrolled up to this many equations; one that uses the same weights at each step, up to so many
+# steps.
+MAX_UNROLLED = 50_000
+MAX_STEPS = 64
+# Cheap one-operand equations that layers repeat on a shared input (each casts or reshapes x for itself).
+SHARED = ("convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim", "stop_gradient", "copy")
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A view of a leaf as it goes into a Weight. scaled: the leaf's axes along which a factor on it varies."""
+
+    leaf: int
+    view: views.View
+    scaled: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """A value that is linear in parameters: its terms, and how it is computed.
+
+    equation and operands: None for a plain view of one leaf.
+    """
+
+    aval: Any
+    terms: tuple[Term, ...]
+    equation: jex.JaxprEqn | None = None
+    operands: tuple[Any, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A leaf in one equation. `made` is the equation's first result and `first` that of the equations for its weight.
+
+    kind: what the equation does. For a product that reads the leaf as a weight: layout, product and activations.
+    """
+
+    leaf: int
+    index: Index
+    kind: str
+    first: jex.Var | None
+    layout: Layout | None = None
+    product: Product | None = None
+    activations: tuple[Atom, ...] = ()
+
+
+class Flattener:
+    """Collects equations, the constants and parts of leaves they read, and the uses of leaves."""
+
+    def __init__(self):
+        self.equations: list[jex.JaxprEqn] = []
+        self.constants: dict[jex.Var, Any] = {}
+        self.parts: dict[jex.Var, tuple[int, Index]] = {}
+        self.uses: list[Use] = []
+        self._part_vars: dict[tuple[int, Index], jex.Var] = {}
+        self._from_inputs: set[jex.Var] = set()
+        self._shared: dict[Any, jex.Var] = {}
+        self._steps: dict[int, jex.Var] = {}
+
+    def leaf(self, number: int, aval: Any) -> Any:
+        """The symbol of a parameter: a Weight, or for what cannot be one (whole numbers, no elements) a variable."""
+        index = tuple((0, size) for size in aval.shape)
+        var = jex.Var(aval)
+        self._part_vars[number, index] = var
+        self.parts[var] = (number, index)
+        if not jnp.issubdtype(aval.dtype, jnp.floating) or 0 in aval.shape:
+            return var
+        return Weight(aval, (Term(number, views.whole(aval.shape)),))
+
+    def input(self, aval: Any) -> jex.Var:
+        var = jex.Var(aval)
+        self._from_inputs.add(var)
+        return var
+
+    def output(self, value: Any) -> Atom:
+        """A value as the function gives it out."""
+        return self._written(value, "an output of the function")
+
+    def run(self, jaxpr: jex.Jaxpr, consts: Sequence, operands: Sequence) -> list[Any]:
+        """Appends the jaxpr's equations with fresh variables; its results, symbols like the operands."""
+        values: dict[Any, Any] = dict(zip(jaxpr.invars, operands, strict=True))
+        for var, value in zip(jaxpr.constvars, consts, strict=True):
+            values[var] = jex.Var(var.aval)
+            self.constants[values[var]] = value
+        makers = {var: equation for equation in jaxpr.eqns for var in equation.outvars}
+
+        def read(atom):
+            return atom if isinstance(atom, jex.Literal) else values[atom]
+
+        for equation in jaxpr.eqns:
+            arguments = [read(atom) for atom in equation.invars]
+            called = called_jaxpr(equation)
+            if called is not None:
+                results = self.run(called.jaxpr, called.consts, arguments)
+            elif not any(isinstance(argument, Weight) for argument in arguments):
+                results = self._emit(equation, arguments)
+            else:
+                results = self._follow(equation, arguments, makers) or self._use(equation, arguments)
+            values.update(zip(equation.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _call(self, f: Callable, arguments: Sequence[Atom]) -> Atom:
+        """The result of f, traced on these arguments."""
+        traced = jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in arguments))
+        return self.run(traced.jaxpr, traced.consts, arguments)[0]
+
+    def _emit(self, equation: jex.JaxprEqn, arguments: Sequence[Atom]) -> list[jex.Var]:
+        """Appends an equation on variables; equal cheap ones become one, so layers that share an input are seen to."""
+        operand = arguments[0] if len(arguments) == 1 else None
+        key = None
+        if equation.primitive.name in SHARED and isinstance(operand, jex.Var):
+            key = (equation.primitive.name, operand, str(sorted(equation.params.items(), key=lambda item: item[0])))
+            if key in self._shared:
+                return [self._shared[key]]
+        results = self._append(equation, arguments)
+        if key is not None:
+            self._shared[key] = results[0]
+        if any(isinstance(atom, jex.Var) and atom in self._from_inputs for atom in arguments):
+            self._from_inputs.update(results)
+        return results
+
+    def _append(self, equation: jex.JaxprEqn, arguments: Sequence[Atom]) -> list[jex.Var]:
+        results = [jex.Var(var.aval) for var in equation.outvars]
+        self.equations.append(equation.replace(invars=list(arguments), outvars=results))
+        return results
+
+    def _follow(self, equation: jex.JaxprEqn, arguments: list[Any], makers: dict) -> list[Any] | None:
+        """The results of an equation that keeps a weight linear; None for all others."""
+        name = equation.primitive.name
+        if name == "optimization_barrier":
+            return list(arguments)
+        if name == "scan":
+            return self._scan(equation, arguments)
+        if name == "split":
+            return self._split(equation, arguments[0])
+        if len(arguments) == 1:
+            (weight,) = arguments
+            if name == "neg":
+                return [self._combined(equation, arguments, weight.terms)]
+            terms = [(term, views.follow(term.view, equation)) for term in weight.terms]
+            if any(view is None for _, view in terms):
+                return None
+            terms = tuple(dataclasses.replace(term, view=view) for term, view in terms)
+            if weight.equation is None:
+                return [Weight(equation.outvars[0].aval, terms)]
+            return [self._combined(equation, arguments, terms)]
+        if len(arguments) == 2 and name in ("mul", "div", "add", "sub"):
+            return self._linear(equation, arguments, makers)
+        return None
+
+    def _linear(self, equation: jex.JaxprEqn, arguments: list[Any], makers: dict) -> list[Any] | None:
+        """A weight scaled by, or added to, what does not depend on the function's inputs."""
+        shape = equation.outvars[0].aval.shape
+        name = equation.primitive.name
+        # What is smaller than the result is repeated along it: no weight, whatever it is a view of.
+        arguments = [a if a.aval.shape == shape else self._written(a, name) for a in arguments]
+        weights = [argument for argument in arguments if isinstance(argument, Weight)]
+        others = [argument for argument in arguments if not isinstance(argument, Weight)]
+        if any(isinstance(other, jex.Var) and other in self._from_inputs for other in others):
+            return None
+        if not weights:
+            return None
+        if name in ("add", "sub"):
+            terms = tuple(term for weight in weights for term in weight.terms)
+            return [self._combined(equation, arguments, terms)]
+        if len(weights) == 2 or (name == "div" and weights[0] is not arguments[0]):
+            return None
+        (weight,), (other,) = weights, others
+        maker = makers.get(equation.invars[arguments.index(other)]) if isinstance(other, jex.Var) else None
+        axes = varying_axes(other.aval.shape, shape, maker)
+        if axes is None:
+            return None
+        terms = tuple(
+            dataclasses.replace(
+                term, scaled=term.scaled.union(factor.axis for axis in axes for factor in term.view.axes[axis])
+            )
+            for term in weight.terms
+        )
+        return [self._combined(equation, arguments, terms)]
+
+    def _combined(self, equation, arguments, terms) -> Weight:
+        return Weight(equation.outvars[0].aval, terms, equation, tuple(arguments))
+
+    def _split(self, equation: jex.JaxprEqn, weight: Weight) -> list[Weight] | None:
+        if weight.equation is not None:
+            return None
+        results, start = [], 0
+        for size, var in zip(equation.params["sizes"], equation.outvars, strict=True):
+            view = views.cut(weight.terms[0].view, equation.params["axis"], start, start + int(size))
+            if view is None:
+                return None
+            results.append(Weight(var.aval, (dataclasses.replace(weight.terms[0], view=view),)))
+            start += int(size)
+        return results
+
+    def _use(self, equation: jex.JaxprEqn, arguments: list[Any]) -> list[jex.Var]:
+        """Appends an equation that uses weights, and what they are computed by, and notes the use."""
+        name = equation.primitive.name
+        sides = [side for side, argument in enumerate(arguments) if isinstance(argument, Weight)]
+        start = len(self.equations)
+        written = [self._write(argument) for argument in arguments]
+        results = self._append(equation, written)
+        if any(isinstance(atom, jex.Var) and atom in self._from_inputs for atom in written):
+            self._from_inputs.update(results)
+        first = self.equations[start].outvars[0] if self.equations[start].outvars else None
+        for side in sides:
+            for term in arguments[side].terms:
+                found: Any = _opaque(equation)
+                if name in PRODUCTS:
+                    found = "a product of two weights"
+                    if len(sides) == 1:
+                        found = read_product(self.equations[-1], side, term.view)
+                if not isinstance(found, str) and _is_scaled_along_inputs(term, found[0]):
+                    found = "a product after scaling along its inputs"
+                kind, details = (found, ()) if isinstance(found, str) else (name, found)
+                self.uses.append(Use(term.leaf, term.view.index, kind, first, *details))
+        return results
+
+    def _written(self, value: Any, kind: str) -> Atom:
+        if not isinstance(value, Weight):
+            return value
+        start = len(self.equations)
+        var = self._write(value)
+        first = self.equations[start].outvars[0] if start < len(self.equations) else None
+        self.uses += [Use(term.leaf, term.view.index, kind, first) for term in value.terms]
+        return var
+
+    def _write(self, value: Any) -> Atom:
+        """Appends the equations that compute a weight from parts of leaves."""
+        if not isinstance(value, Weight):
+            return value
+        if value.equation is not None:
+            return self._append(value.equation, [self._write(operand) for operand in value.operands])[0]
+        (term,) = value.terms
+        part = self._part(term)
+        if value.aval == part.aval and term.view == views.whole(part.aval.shape)._replace(index=term.view.index):
+            return part
+        traced = _view_jaxpr(term.view, part.aval.dtype)
+        values = {traced.jaxpr.invars[0]: part}
+        for equation in traced.jaxpr.eqns:
+            results = self._append(equation, [values.get(atom, atom) for atom in equation.invars])
+            values.update(zip(equation.outvars, results, strict=True))
+        return values[traced.jaxpr.outvars[0]]
+
+    def _part(self, term: Term) -> jex.Var:
+        key = (term.leaf, term.view.index)
+        if key not in self._part_vars:
+            whole = next(var for (leaf, _), var in self._part_vars.items() if leaf == term.leaf)
+            aval = jax.core.ShapedArray(term.view.part_shape, whole.aval.dtype, weak_type=whole.aval.weak_type)
+            self._part_vars[key] = jex.Var(aval)
+            self.parts[self._part_vars[key]] = key
+        return self._part_vars[key]
+
+    def _scan(self, equation: jex.JaxprEqn, arguments: list[Any]) -> list[Any] | None:
+        """A scan over stacked weights, step by step; None if it is too long."""
+        params = equation.params
+        body, length = closed(params["jaxpr"]), params["length"]
+        consts = arguments[: params["num_consts"]]
+        carry = arguments[params["num_consts"] : params["num_consts"] + params["num_carry"]]
+        xs = arguments[params["num_consts"] + params["num_carry"] :]
+        over_weights = any(isinstance(x, Weight) and len(x.aval.shape) > 1 for x in xs)
+        if length * len(body.jaxpr.eqns) > MAX_UNROLLED or not (over_weights or length <= MAX_STEPS):
+            return None
+        carry = [self._written(value, "the start of a scan") for value in carry]
+        steps = range(length)[::-1] if params["reverse"] else range(length)
+        columns: list[list[Atom]] = []
+        for step in steps:
+            results = self.run(body.jaxpr, body.consts, [*consts, *carry, *(self._element(x, step) for x in xs)])
+            carry = [self._written(value, "a scan's carry") for value in results[: params["num_carry"]]]
+            columns.append([self._written(value, "a scan's result") for value in results[params["num_carry"] :]])
+        if params["reverse"]:
+            columns.reverse()
+        if not columns:
+            return None
+        return carry + [self._stack(column) for column in zip(*columns, strict=True)]
+
+    def _element(self, x: Any, step: int) -> Any:
+        """x[step] along the leading axis; the step is a value, so that the equations of all steps read alike."""
+        if isinstance(x, Weight) and x.equation is None:
+            (term,) = x.terms
+            view = views.cut(term.view, 0, step, step + 1)
+            if view is not None:
+                view = view._replace(axes=view.axes[1:])
+                aval = jax.core.ShapedArray(x.aval.shape[1:], x.aval.dtype, weak_type=x.aval.weak_type)
+                return Weight(aval, (dataclasses.replace(term, view=view),))
+        if step not in self._steps:
+            self._steps[step] = jex.Var(jax.core.ShapedArray((), jnp.int32))
+            self.constants[self._steps[step]] = np.int32(step)
+        array = self._written(x, "a scan")
+        return self._call(lambda x, i: lax.dynamic_index_in_dim(x, i, 0, keepdims=False), [array, self._steps[step]])
+
+    def _stack(self, values: Sequence[Atom]) -> Atom:
+        return self._call(lambda *values: jnp.stack(values), values)
+
+
+@functools.lru_cache(maxsize=4096)
+def _view_jaxpr(view: views.View, dtype: Any) -> jex.ClosedJaxpr:
+    return jax.make_jaxpr(view.of)(jax.ShapeDtypeStruct(view.part_shape, dtype))
+
+
+def _is_scaled_along_inputs(term: Term, layout: Layout) -> bool:
+    axes = layout.axes
+    return any(axes[factor] in term.scaled for factor in layout.in_axes)
+
+
+def _opaque(equation: jex.JaxprEqn) -> str:
+    name = equation.primitive.name
+    return f"a {name} of {equation.params['length']} steps" if name == "scan" else name
