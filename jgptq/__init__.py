@@ -7,12 +7,11 @@ from jgptq.generate import generate
 from jgptq.grid import Grid
 from jgptq.hessian import Hessian, init_hessian, merge_hessians, update_hessian
 from jgptq.kernels.matmul import matmul
+from jgptq.modules import find_weights, quantize, quantized
 from jgptq.perplexity import compare, perplexity
-from jgptq.quantize import Options, QuantizationWarning, Report, quantize
+from jgptq.quantize import Options, QuantizationWarning, Report, Row
 from jgptq.solvers import GPTQ, METHODS, OBQ, RTN, Info, gptq, obq, rtn
 from jgptq.tensor import QuantizedTensor, dequantize
-from jgptq.tracing.apply import quantized
-from jgptq.tracing.graph import find_weights
 
 __version__ = importlib.metadata.version("jgptq")
 
@@ -28,6 +27,7 @@ __all__ = [
     "QuantizationWarning",
     "QuantizedTensor",
     "Report",
+    "Row",
     "__version__",
     "compare",
     "dequantize",

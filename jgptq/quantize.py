@@ -105,6 +105,8 @@ def quantize(
 ) -> tuple[Any, Report]:
     """Quantizes every weight of f(params, *inputs) that `find_weights` calls quantizable.
 
+    A Flax NNX module takes the place of f and params: quantize(module, batches, …) gives a module with packed weights.
+
     params: any pytree. A leaf may be lazy: no array, but with `shape`, `dtype` and a `__getitem__` that gives NumPy
         arrays; it is read when first needed and again dropped.
     batches: calibration inputs; each is the tuple of f's inputs (anything else stands for a tuple of one).

@@ -2,10 +2,12 @@
 
 import dataclasses
 import itertools
+import json
 import math
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
@@ -172,6 +174,24 @@ class QuantizedTensor:
             parts.append("permuted")
         shape = self.shape if hasattr(self.codes, "shape") else self.layout.shape
         return f"QuantizedTensor({jnp.dtype(self.dtype).name}{list(shape)}, {', '.join(parts)})"
+
+
+def _static_to_bytes(static: tuple) -> bytes:
+    bits, group_size, dtype, layout = static
+    return json.dumps([bits, group_size, jnp.dtype(dtype).name, dataclasses.asdict(layout)]).encode()
+
+
+def _static_from_bytes(data: bytes) -> tuple:
+    bits, group_size, dtype, layout = json.loads(data)
+    return bits, group_size, jnp.dtype(dtype), Layout(**{name: tuple(value) for name, value in layout.items()})
+
+
+jax.export.register_pytree_node_serialization(
+    QuantizedTensor,
+    serialized_name="jgptq.QuantizedTensor",
+    serialize_auxdata=_static_to_bytes,
+    deserialize_auxdata=_static_from_bytes,
+)
 
 
 def from_codes(

@@ -13,7 +13,7 @@ FLOORS = (
     ("solvers", "kernels"),
     ("tracing", "models"),
     ("quantize", "checkpoints"),
-    ("calibration", "generate", "perplexity", "finetune", "report", "demo_text"),
+    ("calibration", "generate", "perplexity", "finetune", "modules", "report", "demo_text"),
     ("demo",),
     ("cli",),
 )

@@ -56,6 +56,8 @@ def quantized(f: Callable) -> Callable:
 
     Keyword arguments are passed to f as they are. The result may be jitted, vmapped over inputs, and differentiated
     with respect to inputs and float parameters. Scans over packed stacks stay scans.
+
+    quantized(module), for a Flax NNX module with packed weights, is a module that is called as the module is.
     """
 
     @functools.wraps(f)

@@ -192,6 +192,7 @@ def find_weights(f: Callable, params: Any, *inputs: Any) -> Sites:
     """Every floating-point leaf of the parameters of f(params, *inputs): what would be quantized, what not, and why.
 
     Nothing is computed: params and inputs may be jax.ShapeDtypeStruct. The list prints as a table.
+    A Flax NNX module takes the place of f and params: find_weights(module, *inputs).
     """
     return trace(f, params, *inputs).sites
 

@@ -1,0 +1,75 @@
+"""The public `quantize`, `quantized` and `find_weights`: functions of parameters, and Flax NNX modules as they are."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from jgptq.quantize import quantize as quantize_function
+from jgptq.tracing.apply import quantized as quantized_function
+from jgptq.tracing.graph import find_weights as find_function_weights
+
+
+class Quantized(nnx.Module):
+    """An NNX module that holds packed weights and computes with them: `model` is the module, called as it is called.
+
+    Its state is that of `model`, packed weights in the place of arrays; nnx.jit, nnx.split and nnx.state see it.
+    Methods besides the call: `apply(method, *arguments)`, with `method` a function of the module.
+    """
+
+    def __init__(self, model: nnx.Module):
+        self.model = model
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        return self.apply(lambda model, *inputs, **keywords: model(*inputs, **keywords), *inputs, **keywords)
+
+    def apply(self, method: Callable, *inputs: Any, **keywords: Any) -> Any:
+        """method(module, *inputs) on the packed weights; what it changes in the module's state is kept."""
+        graphdef, params, rest = nnx.split(self.model, nnx.Param, ...)
+
+        def f(params, rest, *inputs):
+            model = nnx.merge(graphdef, nnx.State(params), rest)
+            result = method(model, *inputs, **keywords)
+            return result, nnx.state(model, nnx.Not(nnx.Param))
+
+        result, rest = quantized_function(f)(nnx.to_pure_dict(params), rest, *inputs)
+        nnx.update(self.model, rest)
+        return result
+
+
+def functional(model: nnx.Module) -> tuple[Callable, dict]:
+    """f(params, *inputs) and params, nested dicts of arrays, for a module; all its other state is held fixed."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def f(params, *inputs):
+        return nnx.merge(graphdef, nnx.State(params), rest)(*inputs)
+
+    return f, nnx.to_pure_dict(params)
+
+
+@functools.wraps(quantize_function)
+def quantize(f, params, batches=None, **settings):
+    if not isinstance(f, nnx.Module):
+        if batches is None:
+            raise TypeError("quantize takes (f, params, batches), or (module, batches) for a Flax NNX module")
+        return quantize_function(f, params, batches, **settings)
+    if batches is not None:
+        raise TypeError("an NNX module holds its own parameters; give quantize(module, batches)")
+    apply_model, values = functional(f)
+    packed, report = quantize_function(apply_model, values, params, **settings)
+    model = nnx.clone(f)
+    nnx.update(model, nnx.State(packed))
+    return model, report
+
+
+@functools.wraps(quantized_function)
+def quantized(f):
+    return Quantized(f) if isinstance(f, nnx.Module) else quantized_function(f)
+
+
+@functools.wraps(find_function_weights)
+def find_weights(f, *arguments):
+    if isinstance(f, nnx.Module):
+        return find_function_weights(*functional(f), *arguments)
+    return find_function_weights(f, *arguments)
