@@ -4,31 +4,37 @@ Results go to stdout; progress and warnings to stderr. Bad input ends in one lin
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import platform
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jaxlib
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 import jgptq
 from jgptq import calibration, demo
-from jgptq.checkpoints import load, save
+from jgptq.checkpoints import Journal, fingerprint, load, remove_partial, save, size_and_hash
 from jgptq.generate import generate
 from jgptq.grid import BITS, Grid
 from jgptq.perplexity import compare, perplexity
-from jgptq.quantize import Row, quantize
-from jgptq.report import nbytes, report_json, report_table, weights_table
+from jgptq.quantize import Options, Row, Rule, quantize
+from jgptq.report import nbytes, read_report, report_html, report_json, report_table, weights_table
 from jgptq.solvers import METHODS
 
 REPORT_FILE = "quantization_report.json"
+REPORT_PAGE = "quantization_report.html"
+MEMORY = "try a smaller --seq-len, or with quantize --offload host, which goes on from the finished weights"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,6 +45,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     options = _parser().parse_args(arguments)
+    terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
@@ -48,11 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"jgptq: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except jax.errors.JaxRuntimeError as error:  # out of memory, mostly
-        print(f"jgptq: error: {' '.join(str(error).split())}; try a smaller --seq-len", file=sys.stderr)
+        print(f"jgptq: error: {' '.join(str(error).split())}; {MEMORY}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("jgptq: interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"jgptq: interrupted; {str(interrupt) or 'nothing was written'}", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
     return 0
 
 
@@ -76,7 +85,8 @@ def _parser() -> _Parser:
         "quantize",
         _quantize,
         "Quantize a Hugging Face model directory into a new, packed one.",
-        "jgptq quantize Llama-3.2-1B out --bits 4 --group-size 128 --calibration stories.txt",
+        "jgptq quantize Llama-3.2-1B out --bits 4 --group-size 128 --calibration stories.txt; the same command goes on "
+        "where one that was interrupted or killed ended",
     )
     sub.add_argument("model", help="directory with config.json and safetensors, or a hub id")
     sub.add_argument("out", type=Path, help="directory to make; must not exist")
@@ -92,6 +102,21 @@ def _parser() -> _Parser:
         "--seq-len", type=int, metavar="N", help="tokens in a window (default: the model's context, at most 2048)"
     )
     sub.add_argument("--seed", type=int, default=0, help="which windows are drawn")
+    sub.add_argument(
+        "--rule",
+        dest="rules",
+        action="append",
+        nargs=3,
+        metavar=("PATTERN", "BITS", "N"),
+        help="other bits and group size for weights whose path fits a pattern such as '*.down_proj.*'; "
+        "may be repeated, with --skip between: the first pattern that fits decides",
+    )
+    sub.add_argument(
+        "--skip", dest="rules", action="append", nargs=1, metavar="PATTERN", help="leave such weights in float"
+    )
+    sub.add_argument(
+        "--offload", choices=("host",), help="keep activations in the host's memory; slower, for a device too small"
+    )
 
     sub = command(
         "eval",
@@ -147,33 +172,97 @@ def _quantize(options: argparse.Namespace) -> None:
     _check_writable(options.out)
     if options.seed < 0:
         raise ValueError(f"--seed {options.seed}; give 0 or a positive integer")
-    if options.group_size != -1 and options.group_size < 1:
-        raise ValueError(f"--group-size {options.group_size}; give a positive number, or -1 for all inputs")
-    grid = Grid(
-        bits=options.bits,
-        group_size=None if options.group_size == -1 else options.group_size,
-        symmetric=options.symmetric,
-    )
-    model, params = load(options.model)
+    grid = _grid(options.bits, options.group_size, options.symmetric, "--group-size")
+    rules = [_rule(rule, options.symmetric) for rule in options.rules or ()]
+    model, params = load(options.model, lazy=True)
     tokenizer = calibration.load_tokenizer(model.source)
-    batches = calibration.batches(
-        options.calibration,
-        tokenizer,
-        samples=options.samples,
-        seq_len=_window(model, options.seq_len),
-        seed=options.seed,
-    )
-    before = nbytes(params)
+    window = {"samples": options.samples, "seq_len": _window(model, options.seq_len), "seed": options.seed}
+    batches = calibration.batches(options.calibration, tokenizer, **window)
+    settings = {"grid": grid, "method": METHODS[options.method], "rules": rules}
+    directory = options.out.absolute().parent / f".{options.out.name}.jgptq-unfinished"
     with _progress() as progress:
-        task = progress.add_task("tracing", total=None, loss="")
-
-        def advance(row: Row, done: int, total: int) -> None:
-            progress.update(task, description=row.path, loss=f"loss {row.loss:.3g}", completed=done, total=total)
-
-        packed, report = quantize(model.apply, params, batches, grid=grid, method=options.method, progress=advance)
-    save(options.out, model, packed, extra_files={REPORT_FILE: report_json(report)})
+        task = progress.add_task("reading the model's files", total=None, loss="")
+        identity = _identity(options.calibration, model.source, settings, window)
+        progress.update(task, description="tracing")
+        with Journal(directory, identity, row_type=Row) as finished, _keeping(finished, directory):
+            remove_partial(options.out)
+            packed, report = quantize(
+                model.apply,
+                params,
+                batches,
+                **settings,
+                progress=_follow(progress, task, len(finished)),
+                finished=finished,
+                offload=options.offload,
+            )
+            title = f"{Path(options.model).name}, quantized"
+            files = {REPORT_FILE: report_json(report), REPORT_PAGE: report_html(report, title=title)}
+            save(options.out, model, packed, extra_files=files)
+            finished.remove()
     _console().print(report_table(report))
-    print(f"{options.out}: {before:,} bytes -> {nbytes(packed):,} bytes")
+    print(f"{options.out}: {nbytes(params):,} bytes -> {nbytes(packed):,} bytes")
+
+
+@contextlib.contextmanager
+def _keeping(finished: Journal, directory: Path) -> Iterator[None]:
+    """Lets an interruption say what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if not finished:
+            raise
+        raise KeyboardInterrupt(
+            f"{len(finished)} finished weights are kept in {directory}; the same command goes on from there"
+        ) from interrupt
+
+
+def _follow(progress: Progress, task: TaskID, continued: int) -> Callable[[Row, int, int], None]:
+    """What `quantize` calls with each row; `continued` weights come from an earlier run."""
+
+    def advance(row: Row, done: int, total: int) -> None:
+        if continued and done == 1:
+            progress.console.print(f"continuing: {continued} of {total} weights were finished", highlight=False)
+        progress.update(task, description=row.path, loss=f"loss {row.loss:.3g}", completed=done, total=total)
+
+    return advance
+
+
+def _grid(bits: int, group_size: int, symmetric: bool, where: str) -> Grid:
+    if group_size != -1 and group_size < 1:
+        raise ValueError(f"{where} {group_size}; give a positive number, or -1 for all inputs")
+    return Grid(bits=bits, group_size=None if group_size == -1 else group_size, symmetric=symmetric)
+
+
+def _rule(arguments: Sequence[str], symmetric: bool) -> Rule:
+    """What came with one --rule or --skip, as `quantize` takes it."""
+    pattern, *numbers = arguments
+    if not numbers:
+        return pattern, None
+    try:
+        bits, group_size = map(int, numbers)
+    except ValueError as error:
+        raise ValueError(f"--rule {' '.join(arguments)}; give a pattern, the bits and the group size") from error
+    return pattern, Options(grid=_grid(bits, group_size, symmetric, f"--rule {pattern} {bits}"))
+
+
+def _identity(text: str, model: Path, settings: dict[str, Any], window: dict[str, int]) -> dict[str, Any]:
+    """Everything that the quantized model's bytes depend on."""
+    device = jax.devices()[0]
+    # XLA cuts sums on a CPU by the number of its cores: one and two cores gave different codes.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "jgptq": jgptq.__version__,
+        "jax": f"{jax.__version__} with jaxlib {jaxlib.__version__}",
+        "device": f"{device.platform} {device.device_kind} on {platform.machine()}"
+        + (f", {cores} cores" if device.platform == "cpu" else ""),
+        "matmul precision": jax.config.jax_default_matmul_precision,
+        "64 bits": jax.config.jax_enable_x64,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        **{f"the model's {name}": content for name, content in fingerprint(model).items()},
+        "calibration": size_and_hash(Path(text)),
+        **{name: repr(value) for name, value in settings.items()},
+        **window,
+    }
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -228,14 +317,14 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    model, params = load(options.model)
+    model, params = load(options.model, lazy=True)
     errors = {}
     report = model.source / REPORT_FILE
     if report.is_file():
         try:
-            errors = {row["path"]: float(row["relative_error"]) for row in json.loads(report.read_text())["rows"]}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{report} is not a report of jgptq ({error}); remove it to inspect without") from error
+            errors = {row.path: row.relative_error for row in read_report(report.read_text(encoding="utf-8")).rows}
+        except ValueError as error:
+            raise ValueError(f"{report} is {error}; or remove it to inspect without") from error
     _console().print(weights_table(params, errors))
 
 

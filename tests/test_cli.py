@@ -78,8 +78,20 @@ def test_quantize_writes_a_directory_that_loads_and_its_report(home, packed, cap
     assert (kernel.bits, kernel.group_size, kernel.in_features) == (3, 16, 44)
     report = json.loads((packed / cli.REPORT_FILE).read_text())
     assert len(report["rows"]) == 14
+    assert (packed / cli.REPORT_PAGE).read_text().count("layers.1.self_attn.q_proj.kernel") > 0
     assert (packed / "tokenizer.json").is_file()
     assert not [path for path in home.iterdir() if "partial" in path.name]
+
+
+def test_rules_are_taken_in_their_order_and_activations_may_wait_on_the_host(home, capsys):
+    rules = ["--skip", "*.0.mlp.down_proj.*", "--rule", "*.down_proj.*", "8", "-1", "--skip", "*.q_proj.*"]
+    assert cli.main(quantize_arguments(home, home / "rules", *rules, "--symmetric", "--offload", "host")) == 0
+    layers = jgptq.load(home / "rules")[1]["model"]["layers"]
+    assert not isinstance(layers[0]["mlp"]["down_proj"]["kernel"], jgptq.QuantizedTensor)
+    assert not isinstance(layers[1]["self_attn"]["q_proj"]["kernel"], jgptq.QuantizedTensor)
+    down, up = (layers[1]["mlp"][name]["kernel"] for name in ("down_proj", "up_proj"))
+    assert (down.bits, down.group_size, down.symmetric) == (8, 44, True)
+    assert (up.bits, up.group_size, up.symmetric) == (4, 16, True)
 
 
 def test_inspect_shows_every_weight_with_bits_bytes_and_error(packed, capsys):
@@ -145,6 +157,22 @@ BAD = {
     "out below a file": (
         lambda home: quantize_arguments(home, home / "text.txt" / "o"),
         "text.txt is no directory that you can write to; choose another place for o",
+    ),
+    "rule of words": (
+        lambda home: quantize_arguments(home, home / "o", "--rule", "*", "four", "64"),
+        "--rule * four 64; give a pattern, the bits and the group size",
+    ),
+    "rule of five bits": (
+        lambda home: quantize_arguments(home, home / "o", "--rule", "*", "5", "64"),
+        "bits=5; choose one of (2, 3, 4, 8)",
+    ),
+    "rule for groups of 0": (
+        lambda home: quantize_arguments(home, home / "o", "--rule", "*", "4", "0"),
+        "--rule * 4 0; give a positive number, or -1",
+    ),
+    "rule for no weight": (
+        lambda home: quantize_arguments(home, home / "o", "--skip", "*.kernle"),
+        "no weight matches the rule '*.kernle'; the nearest paths are",
     ),
     "one token": (
         lambda home: ["eval", str(home / "float"), "--text", str(home / "text.txt"), "--tokens", "1"],

@@ -4,6 +4,7 @@ Leaves are read, translated and written one after another, so that lazy ones are
 """
 
 import dataclasses
+import glob
 import itertools
 import json
 import math
@@ -87,6 +88,12 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     tensor_file.sync_directory(path.parent)
+
+
+def remove_partial(path: Path) -> None:
+    """Deletes what a `save` to this path that was killed left beside it; for when no other can be under way."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        shutil.rmtree(partial)
 
 
 def _leaves(tree: Mapping) -> dict[tuple, Any]:
