@@ -184,6 +184,7 @@ def quantize(
 
 
 _dequantize = jax.jit(dequantize)
+NOT_FINITE = "NaN or infinity in {}; repair or leave alone such weights with a rule"
 
 
 def _key(part: Part) -> tuple[int, Index]:
@@ -210,7 +211,8 @@ def _solve_part(
         weight, info, error = _solve_batch(w.reshape(-1, *w.shape[-2:]), _share(hessian), grid, method)
         weight = jax.tree.map(lambda array: array.reshape(*batch, *array.shape[1:]), weight)
     weight = dataclasses.replace(weight, layout=part.layout)
-    return weight, _row(site.name(part), part, weight, info, error, hessian.tokens, grid, method)
+    row = _row(site.name(part), part, weight, w, info, error, hessian.tokens, grid, method)
+    return weight, row
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "method"))
@@ -323,10 +325,12 @@ def _has_values(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)
 
 
-def _row(name: str, part: Part, weight, info, rtn_error, tokens, grid: Grid, method: Method) -> Row:
+def _row(name: str, part: Part, weight, w, info, rtn_error, tokens, grid: Grid, method: Method) -> Row:
     """The row of a solve; for a batch of matrices its arguments have a leading axis."""
     info, rtn_error, tokens = jax.tree.map(np.atleast_1d, jax.device_get((info, rtn_error, tokens)))
     if not info.finite.all():
+        if not _all_finite(w):
+            raise ValueError(NOT_FINITE.format(name))
         raise ValueError(
             f"the activations that reach {name} in calibration contain NaN or infinity; "
             "check the calibration inputs and the function's dtype (bfloat16 or float32 rather than float16)"
@@ -461,7 +465,7 @@ class Executor:
         flags = jax.device_get([_all_finite(jnp.asarray(self._leaves[site.leaf])) for site in here])
         bad = [site.path for site, finite in zip(here, flags, strict=True) if not finite]
         if bad:
-            raise ValueError(f"NaN or infinity in {', '.join(bad[:5])}; repair or leave alone such weights with a rule")
+            raise ValueError(NOT_FINITE.format(", ".join(bad[:5])))
 
     def advance(self, step: Step) -> None:
         """Advances all batches to where a step's weights are first needed."""

@@ -408,3 +408,141 @@ def test_the_report_as_json_and_tables(quantized_network):
 def test_a_packed_tree_is_smaller_than_the_float_one(quantized_network):
     params, packed, _ = quantized_network
     assert nbytes(packed) < nbytes(params)
+
+
+class Lazy:
+    """A leaf on disk, as far as quantize can tell."""
+
+    def __init__(self, array):
+        self._array, self.shape, self.dtype, self.reads = np.asarray(array), array.shape, array.dtype, 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return self._array[index]
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_lazy_leaves_are_read_when_needed_and_give_the_same(quantized_network):
+    params, packed, _ = quantized_network
+    lazy = jax.tree.map(Lazy, params)
+    reads = []
+
+    def note(row, done, total):
+        reads.append([leaf["q"].reads for leaf in lazy["layers"]])
+
+    from_lazy, _ = jgptq.quantize(network, lazy, token_batches(), grid=GRID, progress=note)
+    assert from_lazy["embedding"] is lazy["embedding"]
+    assert from_lazy["layers"][1]["norm"] is lazy["layers"][1]["norm"]
+    same([layer["q"] for layer in from_lazy["layers"]], [layer["q"] for layer in packed["layers"]])
+    same([layer["down"] for layer in from_lazy["layers"]], [layer["down"] for layer in packed["layers"]])
+    assert reads[0][1] == 0
+    assert reads[-1] == [1, 1]
+
+
+def test_bad_values_in_lazy_leaves_are_found():
+    with pytest.raises(ValueError, match="NaN or infinity in w; repair"):
+        jgptq.quantize(dense_layer, {"w": Lazy(np.full((8, 4), np.nan, np.float32))}, [np.ones((20, 8), np.float32)])
+
+
+def test_activations_on_the_host_give_the_same(quantized_network):
+    params, packed, _ = quantized_network
+    offloaded, _ = jgptq.quantize(network, params, token_batches(), grid=GRID, offload="host")
+    same(offloaded, packed)
+
+
+def test_what_to_do_with_activations_is_checked(without_type_checker):
+    params = random_params(1)
+    with pytest.raises(ValueError, match=r"offload='disk'; give \"host\", or None"):
+        jgptq.quantize(network, params, token_batches(), grid=GRID, offload="disk")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(quantized_network):
+    params, packed, report = quantized_network
+    finished = {}
+
+    def stop(row, done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jgptq.quantize(network, params, token_batches(), grid=GRID, finished=finished, progress=stop)
+    assert list(finished) == ["layers.0.q", "layers.0.o", "layers.0.up"]
+    before = dict(finished)
+    resumed, second = jgptq.quantize(network, params, token_batches(), grid=GRID, finished=finished)
+    same(resumed, packed)
+    assert [row.path for row in second.rows] == [row.path for row in report.rows]
+    assert all(finished[path] is before[path] for path in before)
+    assert resumed["layers"][0]["q"].codes is finished["layers.0.q"][0].codes
+
+
+def test_finished_needs_paths_that_tell_weights_apart():
+    params = {"a.b": jnp.eye(8), "a": {"b": jnp.eye(8)}}
+    with pytest.raises(ValueError, match="two weights have the same path"):
+        jgptq.quantize(lambda p, x: x @ p["a.b"] @ p["a"]["b"], params, [np.eye(8, dtype=np.float32)], finished={})
+
+
+def test_a_stack_resumes_in_the_middle():
+    def f(p, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p)[0]
+
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.standard_normal((3, 16, 16)) / 4, jnp.float32)
+    batches = [rng.standard_normal((64, 16)).astype(np.float32)]
+    whole, report = jgptq.quantize(f, params, batches, grid=GRID)
+    assert [row.path for row in report.rows] == ["params[0]", "params[1]", "params[2]"]
+    finished = {}
+    jgptq.quantize(f, params, batches, grid=GRID, finished=finished)
+    del finished["params[1]"], finished["params[2]"]
+    resumed, _ = jgptq.quantize(f, params, batches, grid=GRID, finished=finished)
+    same(resumed, whole)
+
+
+def test_a_tied_embedding_is_quantized_when_asked_for():
+    params = random_params(1)
+    rules = [("embedding", Options(tied=True, grid=Grid(bits=8, group_size=16))), ("*", None)]
+    with pytest.raises(ValueError, match=r"also used in gather, so left alone unless Options\(tied=True\)"):
+        jgptq.quantize(network, params, token_batches(), rules=[("embedding", Options())])
+    packed, report = jgptq.quantize(network, params, token_batches(), rules=rules)
+    assert [row.path for row in report.rows] == ["embedding"]
+    # Its first use is the lookup, so the Hessian is that of the float model's last activations, whatever its own codes.
+    x = [layer(params["layers"][0], params["embedding"][tokens]) for (tokens,) in token_batches()]
+    hessian = jgptq.init_hessian(WIDTH)
+    for batch in x:
+        hessian = jgptq.update_hessian(hessian, batch)
+    expected, _ = GPTQ().solve(params["embedding"].T, hessian, Grid(bits=8, group_size=16))
+    assert np.mean(np.asarray(packed["embedding"].codes) != np.asarray(expected.codes)) < 0.02
+    (tokens,) = token_batches(1, seed=9)[0]
+    np.testing.assert_allclose(
+        jax.jit(jgptq.quantized(network))(packed, tokens), network(dense(packed), tokens), atol=2e-5
+    )
+    outside = tokens.at[0, 0].set(60) if hasattr(tokens, "at") else np.where(tokens == tokens[0, 0], 60, tokens)
+    lookup = jax.jit(
+        jgptq.quantized(lambda p, t: (jnp.take(p["embedding"], t, axis=0), jnp.ones(WIDTH) @ p["embedding"].T))
+    )
+    for got, want in zip(
+        lookup(packed, outside),
+        (jnp.take(dense(packed)["embedding"], outside, axis=0), jnp.ones(WIDTH) @ dense(packed)["embedding"].T),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_replaced_weights_are_dropped_after_their_last_use():
+    executor = Executor(network, random_params(2), token_batches(1))
+    held = []
+    for step in executor.choose():
+        executor.hessian(step)
+        held.append(len(executor._quantized))
+        for part in step.parts:
+            executor.replace(part, executor.leaf(part.leaf, part.index))
+    assert max(held) <= 1
+
+
+def test_mappings_of_the_wrong_kind_of_module_arguments_are_refused():
+    with pytest.raises(TypeError, match=r"takes \(f, params, batches\), or \(module, batches\)"):
+        jgptq.quantize(network, random_params(1))

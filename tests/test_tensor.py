@@ -1,5 +1,8 @@
 """QuantizedTensor: what it stands for, its bytes, and that every transformation of JAX carries it."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,3 +159,124 @@ def test_a_factored_axis_may_play_two_roles():
     leaf = jnp.arange(60.0).reshape(12, 5)
     np.testing.assert_array_equal(layout.to_matrix(leaf), leaf.reshape(3, 4, 5))
     np.testing.assert_array_equal(layout.from_matrix(leaf.reshape(3, 4, 5)), leaf)
+
+
+STACK = Layout(shape=(3, 64, 10), factors=(3, 64, 10), batch_axes=(0,), in_axes=(1,), out_axes=(2,))
+CUTS = {  # layout, axis, start, stop
+    "a layer of a stack": (STACK, 0, 1, 2),
+    "layers of a stack": (STACK, 0, 1, 3),
+    "a layer of a stack inside": (
+        Layout(shape=(64, 3, 10), factors=(64, 3, 10), batch_axes=(1,), in_axes=(0,), out_axes=(2,)),
+        1,
+        2,
+        3,
+    ),
+    "outputs": (Layout.dense(64, 10), 1, 3, 8),
+    "outputs of a transposed leaf": (Layout(shape=(10, 64), factors=(10, 64), in_axes=(1,), out_axes=(0,)), 0, 3, 8),
+    "heads": (Layout(shape=(64, 4, 10), factors=(64, 4, 10), in_axes=(0,), out_axes=(1, 2)), 1, 2, 4),
+    "whole pieces of a factored axis": (
+        Layout(shape=(12, 5), factors=(3, 4, 5), batch_axes=(0,), in_axes=(1,), out_axes=(2,)),
+        0,
+        4,
+        8,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_cut_is_a_slice_of_the_dequantized_array(name):
+    layout, axis, start, stop = CUTS[name]
+    weight = random_tensor(layout=layout, group_size=4)
+    part = tensor.cut(weight, axis, start, stop)
+    expected = jax.lax.slice_in_dim(weight.dequantize(), start, stop, axis=axis)
+    assert part.shape == expected.shape
+    np.testing.assert_array_equal(part.dequantize(), expected)
+
+
+def test_a_cut_through_the_inputs_cannot_stay_packed():
+    assert tensor.cut(random_tensor(), 0, 0, 32) is None
+    factored = Layout(shape=(12, 5), factors=(3, 4, 5), batch_axes=(0,), in_axes=(1,), out_axes=(2,))
+    assert tensor.cut(random_tensor(layout=factored, group_size=4), 0, 2, 6) is None
+
+
+JOINS = {  # shape of the leaf, the parts' cuts along each axis, roles of each axis in a part
+    "layers": ((3, 64, 10), ([0, 1, 2, 3], [0, 64], [0, 10]), ("out", "in", "out")),
+    "layers along an inner axis": ((64, 3, 10), ([0, 64], [0, 1, 2, 3], [0, 10]), ("in", "out", "out")),
+    "uneven outputs": ((64, 10), ([0, 64], [0, 5, 7, 10]), ("in", "out")),
+    "layers of uneven outputs": ((2, 64, 10), ([0, 1, 2], [0, 64], [0, 6, 10]), ("out", "in", "out")),
+    "halves of the inputs": ((64, 10), ([0, 32, 64], [0, 10]), ("in", "out")),
+    "experts in layers": ((2, 3, 64, 10), ([0, 1, 2], [0, 3], [0, 64], [0, 10]), ("out", "batch", "in", "out")),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_parts_are_joined_to_the_leaf_they_are_parts_of(name, symmetric):
+    shape, cuts, roles = JOINS[name]
+    expected = np.zeros(shape, np.float32)
+    layouts, parts = {}, {}
+    for number, index in enumerate(itertools.product(*map(itertools.pairwise, cuts))):
+        own = tuple(stop - start for start, stop in index)
+        axes = {role: [a for a, r in enumerate(roles) if r == role and own[a] > 1] for role in ("batch", "in", "out")}
+        ones = [axis for axis, size in enumerate(own) if size == 1]
+        layouts[index] = Layout(
+            shape=own,
+            factors=own,
+            batch_axes=tuple(axes["batch"]),
+            in_axes=tuple(axes["in"]),
+            out_axes=(*axes["out"], *ones),
+        )
+        parts[index] = random_tensor(layout=layouts[index], group_size=16, seed=number, symmetric=symmetric)
+        expected[tuple(slice(*bounds) for bounds in index)] = parts[index].dequantize()
+    layout = tensor.join_layouts(shape, layouts)
+    leaf = tensor.join(layout, parts)
+    assert leaf.shape == shape
+    np.testing.assert_array_equal(leaf.dequantize(), expected)
+    assert leaf.nbytes == sum(part.nbytes for part in parts.values())
+
+
+def test_a_joined_stack_scans_by_itself():
+    layouts = {
+        ((i, i + 1), (0, 64), (0, 10)): Layout(shape=(1, 64, 10), factors=(1, 64, 10), in_axes=(1,), out_axes=(2, 0))
+        for i in range(3)
+    }
+    parts = {index: random_tensor(layout=layout, seed=index[0][0]) for index, layout in layouts.items()}
+    leaf = tensor.join(tensor.join_layouts((3, 64, 10), layouts), parts)
+    assert leaf.layout == Layout.dense(64, 10)
+    rows = jax.lax.map(lambda weight: weight.dequantize(), leaf)
+    np.testing.assert_array_equal(rows, leaf.dequantize())
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        [((0, 64), (0, 4)), ((0, 64), (6, 10))],  # a gap
+        [((0, 64), (0, 6)), ((0, 64), (4, 10))],  # an overlap
+        [((0, 20), (0, 10)), ((20, 64), (0, 10))],  # inputs in unequal pieces
+        [((0, 32), (0, 10)), ((32, 64), (0, 5)), ((32, 64), (5, 10))],  # no grid
+    ],
+)
+def test_parts_that_make_no_leaf_are_told(bounds):
+    layouts = {index: Layout.dense(*(stop - start for start, stop in index)) for index in bounds}
+    assert tensor.join_layouts((64, 10), layouts) is None
+
+
+def test_parts_side_by_side_must_be_permuted_alike():
+    layouts = {((0, 64), (0, 5)): Layout.dense(64, 5), ((0, 64), (5, 10)): Layout.dense(64, 5)}
+    parts = {i: random_tensor(layout=layout, permuted=True, seed=i[1][0]) for i, layout in layouts.items()}
+    with pytest.raises(ValueError, match=r'permuted differently.*use act_order="group" or "static"'):
+        tensor.join(tensor.join_layouts((64, 10), layouts), parts)
+    alike = {
+        i: dataclasses.replace(part, permutation=parts[next(iter(parts))].permutation) for i, part in parts.items()
+    }
+    leaf = tensor.join(tensor.join_layouts((64, 10), layouts), alike)
+    expected = jnp.concatenate([part.dequantize() for part in alike.values()], axis=1)
+    np.testing.assert_array_equal(leaf.dequantize(), expected)
+
+
+def test_columns_are_unpacked_alone():
+    weight = random_tensor(permuted=True, dtype=jnp.bfloat16)
+    wanted = jnp.asarray([[3, 0], [9, 3]])
+    got = tensor.unpack_columns(weight, wanted)
+    np.testing.assert_array_equal(got, weight.dequantize().T[wanted])
+    assert got.dtype == jnp.bfloat16
