@@ -3,13 +3,15 @@
 transformers 5 has no Flax classes: `make test` runs this file in an environment of its own.
 """
 
+import collections
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jgptq
-from jgptq import Grid, QuantizedTensor
+from jgptq import GPTQ, RTN, Grid, QuantizedTensor
+from jgptq.tracing.graph import leaf_paths
 
 transformers = pytest.importorskip("transformers")
 if not hasattr(transformers, "FlaxGPT2LMHeadModel"):
@@ -17,67 +19,45 @@ if not hasattr(transformers, "FlaxGPT2LMHeadModel"):
         "transformers without Flax classes; make test runs this in its own environment", allow_module_level=True
     )
 
-LAYERS = 2
-MODELS = {
-    "gpt2": (
-        "FlaxGPT2LMHeadModel",
-        transformers.GPT2Config(n_layer=LAYERS, n_embd=64, n_head=4, vocab_size=128, n_positions=64),
-        {"c_attn", "c_proj", "c_fc"},
-        4,
-        None,
-    ),
-    "llama": (
-        "FlaxLlamaForCausalLM",
-        transformers.LlamaConfig(
-            hidden_size=64,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=128,
-            vocab_size=128,
-            max_position_embeddings=64,
-        ),
-        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
-        7,
-        [("lm_head*", None)],
-    ),
-}
+from ports import PORTS, as_with_their_jax  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def lenient_rank_promotion():
-    """The ports themselves broadcast across ranks."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
+METHODS = (RTN(), GPTQ(act_order=False, scale_search=False))
 
 
 def is_packed(leaf):
     return isinstance(leaf, QuantizedTensor)
 
 
-@pytest.mark.parametrize("name", MODELS)
+def dense(params):
+    return jax.tree.map(lambda leaf: leaf.dequantize() if is_packed(leaf) else leaf, params, is_leaf=is_packed)
+
+
+@pytest.mark.parametrize("name", PORTS)
 def test_a_flax_port_is_quantized_and_served(name):
-    class_name, config, layers, per_layer, rules = MODELS[name]
-    model = getattr(transformers, class_name)(config, seed=0)
+    port = PORTS[name]
+    with as_with_their_jax():
+        f, params = port.build()
+        calibration = [port.batch(seed) for seed in range(8)]
+        packed = {}
+        for method in METHODS:
+            packed[method.name], report = jgptq.quantize(
+                f, params, calibration, grid=Grid(bits=3, group_size=32), method=method
+            )
+        assert collections.Counter(row.path.split(".")[-2] for row in report.rows) == port.quantized
+        skipped = dict(report.skipped)
+        for path, words in port.left.items():
+            assert words in skipped.pop(path)
+        assert all(np.ndim(leaf) < 2 for path, leaf in leaf_paths(params) if path in skipped)
 
-    def f(params, ids):
-        return model(ids, params=params).logits
+        x = port.batch(99)
+        compiled = jax.jit(f)
+        served = jax.jit(jgptq.quantized(f))(packed["gptq"], *x)
+        exact, expected, rounded = (compiled(p, *x) for p in (params, dense(packed["gptq"]), dense(packed["rtn"])))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), served, expected)
+        assert sum(row.relative_error for row in report.rows) < sum(row.rtn_error for row in report.rows)
+        assert 0 < squared_error(expected, exact) < squared_error(rounded, exact)
 
-    rng = np.random.default_rng(0)
-    batches = [(rng.integers(0, 128, (4, 32)),) for _ in range(4)]
-    losses, packed = {}, {}
-    for method in ("rtn", "gptq"):
-        packed[method], report = jgptq.quantize(
-            f, model.params, batches, grid=Grid(bits=3, group_size=32), method=method, rules=rules
-        )
-        losses[method] = [row.relative_error for row in report.rows]
-        assert len(report.rows) == LAYERS * per_layer
-        assert {row.path.split(".")[-2] for row in report.rows} == layers
-    assert np.mean(losses["gptq"]) < np.mean(losses["rtn"])
-    assert "gather" in dict(report.skipped).get("transformer.wte.embedding", "gather")
 
-    ids = batches[0][0]
-    dense = jax.tree.map(lambda leaf: leaf.dequantize() if is_packed(leaf) else leaf, packed["gptq"], is_leaf=is_packed)
-    served = jax.jit(jgptq.quantized(f))(packed["gptq"], ids)
-    np.testing.assert_allclose(served, f(dense, ids), atol=2e-5)
-    assert not jnp.allclose(served, f(model.params, ids), atol=1e-3)
+def squared_error(got, exact) -> float:
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)
+    return sum(float(np.sum((np.asarray(a) - np.asarray(b)) ** 2)) for a, b in pairs)
