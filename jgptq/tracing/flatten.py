@@ -3,7 +3,8 @@
 The jaxpr is run on symbols. A value computed from a parameter alone by views, casts, scaling and sums is carried as a
 `Weight`, and written out as equations only before an equation that uses it, again for each use: no value derived from
 a weight is alive between two products, so a weight may be replaced there. Calls are inlined, and scans over stacked
-weights unrolled, each step reading its own part of the stack.
+weights unrolled, each step reading its own part of the stack. A scan that uses the same weights at every step stays a
+scan, which then also gives out the activations that its products read.
 """
 
 import dataclasses
@@ -19,13 +20,11 @@ from jax import lax
 
 from jgptq.tensor import Index, Layout
 from jgptq.tracing import views
-from jgptq.tracing.jaxprs import Atom, called_jaxpr, closed, varying_axes
+from jgptq.tracing.jaxprs import Atom, called_jaxpr, close, closed, varying_axes
 from jgptq.tracing.products import Product, read_product
 
-# A scan over weights is unrolled up to this many equations; one that uses the same weights at each step, up to so many
-# steps.
+# A scan over weights is unrolled up to this many equations.
 MAX_UNROLLED = 50_000
-MAX_STEPS = 64
 # Cheap one-operand equations that layers repeat on a shared input (each casts or reshapes x for itself).
 SHARED = ("convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim", "stop_gradient", "copy")
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
@@ -277,14 +276,15 @@ class Flattener:
         return self._part_vars[key]
 
     def _scan(self, equation: jex.JaxprEqn, arguments: list[Any]) -> list[Any] | None:
-        """A scan over stacked weights, step by step; None if it is too long."""
+        """A scan over stacked weights, step by step; None if that is too long."""
         params = equation.params
         body, length = closed(params["jaxpr"]), params["length"]
         consts = arguments[: params["num_consts"]]
         carry = arguments[params["num_consts"] : params["num_consts"] + params["num_carry"]]
         xs = arguments[params["num_consts"] + params["num_carry"] :]
-        over_weights = any(isinstance(x, Weight) and len(x.aval.shape) > 1 for x in xs)
-        if length * len(body.jaxpr.eqns) > MAX_UNROLLED or not (over_weights or length <= MAX_STEPS):
+        if not any(isinstance(x, Weight) and len(x.aval.shape) > 1 for x in xs):
+            return self._scan_on_constants(equation, consts, carry, xs)
+        if length * len(body.jaxpr.eqns) > MAX_UNROLLED:
             return None
         carry = [self._written(value, "the start of a scan") for value in carry]
         steps = range(length)[::-1] if params["reverse"] else range(length)
@@ -298,6 +298,50 @@ class Flattener:
         if not columns:
             return None
         return carry + [self._stack(column) for column in zip(*columns, strict=True)]
+
+    def _scan_on_constants(self, equation: jex.JaxprEqn, consts, carry, xs) -> list[jex.Var]:
+        """A scan that uses the same weights at every step, with the activations they meet as further results."""
+        params = equation.params
+        body = closed(params["jaxpr"])
+        inner = Flattener()
+        inner.constants, inner.parts, inner._part_vars = self.constants, self.parts, self._part_vars
+        inner._from_inputs = self._from_inputs
+        variables = [inner.input(var.aval) for var in body.jaxpr.invars[len(consts) :]]
+        results = inner.run(body.jaxpr, body.consts, [*consts, *variables])
+        results = [inner._written(value, "a scan's carry or result") for value in results]
+
+        # What the body reads from outside, parts of leaves among it, goes in as constants.
+        defined = {*variables, *(var for e in inner.equations for var in e.outvars)}
+        read = dict.fromkeys(atom for e in inner.equations for atom in e.invars if isinstance(atom, jex.Var))
+        free = [var for var in (*read, *results) if isinstance(var, jex.Var) and var not in defined]
+        free = list(dict.fromkeys(free))
+        seen = [
+            use.activations if any(atom in defined for atom in use.activations if isinstance(atom, jex.Var)) else ()
+            for use in inner.uses
+        ]
+        extra = list(dict.fromkeys(atom for atoms in seen for atom in atoms))
+        written = [self._written(value, "a scan") for value in (*carry, *xs)]
+        changed = dict(jaxpr=close([*free, *variables], [*results, *extra], inner.equations), num_consts=len(free))
+        if "linear" in params:
+            changed["linear"] = (False,) * (len(free) + len(written))
+        outputs = [jex.Var(var.aval) for var in equation.outvars]
+        stacks = {
+            atom: jex.Var(jax.core.ShapedArray((params["length"], *atom.aval.shape), atom.aval.dtype)) for atom in extra
+        }
+        scan = equation.replace(invars=[*free, *written], outvars=[*outputs, *stacks.values()], params=params | changed)
+        self.equations.append(scan)
+        if any(isinstance(atom, jex.Var) and atom in self._from_inputs for atom in scan.invars):
+            self._from_inputs.update(scan.outvars)
+        for use, atoms in zip(inner.uses, seen, strict=True):
+            use = dataclasses.replace(use, first=scan.outvars[0])
+            if atoms:
+                product = use.product.over_steps()
+                if product is None:
+                    use = Use(use.leaf, use.index, f"{use.kind} in a scan", use.first)
+                else:
+                    use = dataclasses.replace(use, product=product, activations=tuple(stacks[atom] for atom in atoms))
+            self.uses.append(use)
+        return outputs
 
     def _element(self, x: Any, step: int) -> Any:
         """x[step] along the leading axis; the step is a value, so that the equations of all steps read alike."""

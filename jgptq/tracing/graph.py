@@ -18,7 +18,7 @@ from jgptq.tracing.products import Product
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Read:
-    """One product with a weight: what it reads besides, and the position of the first equation for it."""
+    """One product with a weight: what it reads besides, and the position at which that is known."""
 
     product: Product
     activations: tuple[Atom, ...]
@@ -176,6 +176,11 @@ def trace(f: Callable, params: Any, *inputs: Any) -> Graph:
         for atom in equation.invars
         if isinstance(atom, jex.Var)
     }
+    made = {var: position for position, equation in enumerate(equations) for var in equation.outvars}
+    for use in flat.uses:  # activations that a scan gives out are read by no equation
+        for atom in use.activations:
+            if atom in made:
+                last_use[atom] = max(last_use.get(atom, 0), made[atom] + 1)
     return Graph(
         equations=equations,
         inputs=variables,
@@ -184,7 +189,7 @@ def trace(f: Callable, params: Any, *inputs: Any) -> Graph:
         constants=flat.constants,
         parts=flat.parts,
         last_use=last_use,
-        sites=_find_sites(named, flat.uses, equations),
+        sites=_find_sites(named, flat.uses, made, len(equations)),
     )
 
 
@@ -216,12 +221,12 @@ def _without_dead(equations: list[jex.JaxprEqn], outputs: list[Atom]) -> list[je
     return kept[::-1]
 
 
-def _find_sites(named: list[tuple[str, Any]], uses: list[Use], equations: list[jex.JaxprEqn]) -> Sites:
-    position = {var: number for number, equation in enumerate(equations) for var in equation.outvars}
+def _find_sites(named: list[tuple[str, Any]], uses: list[Use], made: dict[jex.Var, int], end: int) -> Sites:
+    """made: the equation that makes each variable. Of the uses, those in dead equations are none."""
     by_leaf: dict[int, list[tuple[int, Use]]] = defaultdict(list)
     for use in uses:
-        if use.first is None or use.first in position:
-            by_leaf[use.leaf].append((position.get(use.first, len(equations)), use))
+        if use.first is None or use.first in made:
+            by_leaf[use.leaf].append((made.get(use.first, end), use))
 
     sites = Sites()
     for leaf, (path, array) in enumerate(named):
@@ -232,7 +237,7 @@ def _find_sites(named: list[tuple[str, Any]], uses: list[Use], equations: list[j
         found = by_leaf[leaf]
         products = [(start, use) for start, use in found if use.product is not None]
         others = [(start, use.kind) for start, use in found if use.product is None]
-        layout, parts, reason = _parts(leaf, shape, products, others)
+        layout, parts, reason = _parts(leaf, shape, products, others, made)
         tied = layout is not None and bool(others)
         sites.append(
             Site(
@@ -251,7 +256,11 @@ def _find_sites(named: list[tuple[str, Any]], uses: list[Use], equations: list[j
 
 
 def _parts(
-    leaf: int, shape: tuple[int, ...], products: Sequence[tuple[int, Use]], others: Sequence[tuple[int, str]]
+    leaf: int,
+    shape: tuple[int, ...],
+    products: Sequence[tuple[int, Use]],
+    others: Sequence[tuple[int, str]],
+    made: dict[jex.Var, int],
 ) -> tuple[Layout | None, tuple[Part, ...], str]:
     """The leaf's layout and parts, if products cover it; and the reason in words."""
     elsewhere = ", ".join(dict.fromkeys(kind for _, kind in others))
@@ -267,14 +276,22 @@ def _parts(
     layouts = {index: group[0][1].layout for index, group in by_index.items()}
     layout = join_layouts(shape, layouts)
     if layout is None:
-        return None, (), "used through slices that overlap, leave some of it out, or cut its inputs unequally"
+        reason = "used through slices that overlap, leave some of it out, or cut its inputs unequally"
+        return None, (), reason + (f"; also used in {elsewhere}" if elsewhere else "")
     earliest = [start for start, _ in others]  # a leaf with other uses must be quantized before the first of them
     parts = tuple(
         Part(
             leaf=leaf,
             index=index,
             layout=layouts[index],
-            reads=tuple(Read(product=use.product, activations=use.activations, position=start) for start, use in group),
+            reads=tuple(
+                Read(
+                    product=use.product,
+                    activations=use.activations,
+                    position=max([start, *(made[atom] + 1 for atom in use.activations if atom in made)]),
+                )
+                for start, use in group
+            ),
             start=min([*earliest, *(start for start, _ in group)]),
         )
         for index, group in by_index.items()

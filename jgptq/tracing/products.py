@@ -25,6 +25,13 @@ class Dot:
     tokens: tuple[int, ...]
     contracted: tuple[int, ...]
 
+    def over_steps(self) -> "Dot":
+        """The same product where the activations of all steps of a scan are stacked along a new leading axis."""
+        batch, tokens, contracted = (
+            tuple(axis + 1 for axis in axes) for axes in (self.batch, self.tokens, self.contracted)
+        )
+        return Dot(batch=batch, tokens=(0, *tokens), contracted=contracted)
+
     def add(self, hessian: Hessian, x: jax.Array) -> Hessian:
         batch, rows, columns = (
             math.prod(x.shape[axis] for axis in axes) for axes in (self.batch, self.tokens, self.contracted)
@@ -44,6 +51,9 @@ class Convolution:
     lhs_dilation: tuple[int, ...]
     rhs_dilation: tuple[int, ...]
     groups: int
+
+    def over_steps(self) -> None:
+        """A scan of convolutions is not taken apart."""
 
     def add(self, hessian: Hessian, x: jax.Array) -> Hessian:
         x = _floating(x).transpose(self.lhs_spec)
@@ -67,6 +77,9 @@ class Ragged:
 
     rows: int
     contracted: tuple[int, ...]
+
+    def over_steps(self) -> None:
+        """A scan of ragged products is not taken apart."""
 
     def add(self, hessian: Hessian, x: jax.Array, group_sizes: jax.Array) -> Hessian:
         count = x.shape[self.rows]

@@ -100,9 +100,13 @@ REFUSED = {
         "cut its inputs unequally",
     ),
     "an output": (lambda p, x: (x @ p["w"], p["w"]), "an output of the function"),
-    "in a long scan": (
-        lambda p, x: jax.lax.scan(lambda c, _: (c @ p["w"], None), x, None, length=1000)[0],
-        "a scan of 1000 steps",
+    "a convolution in a scan": (
+        lambda p, x: jax.lax.scan(
+            lambda c, _: (jax.lax.conv_general_dilated(c, p["w"][..., None], (1,), "SAME"), None),
+            x.swapaxes(1, 2),
+            length=3,
+        )[0],
+        "used in conv_general_dilated in a scan",
     ),
     "in a loop of unknown length": (
         lambda p, x: jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: c @ p["w"], x),
@@ -120,6 +124,23 @@ def test_other_uses_leave_the_weight_alone_and_say_why(name):
     assert not site.quantizable
     assert reason in site.reason
     assert reason in str(site)
+
+
+def test_the_same_weight_at_every_step_of_a_long_scan_is_one_weight():
+    def f(p, x):
+        return jax.lax.scan(lambda h, x: (jnp.tanh(x @ p["in"] + h @ p["h"]), None), x[:, 0, :8], x.swapaxes(0, 1))[0]
+
+    sites = find_weights(f, {"in": shaped(24, 8), "h": shaped(8, 8)}, jax.ShapeDtypeStruct((2, 5000, 24), jnp.float32))
+    assert [(site.path, site.quantizable, len(site.parts)) for site in sites] == [("h", True, 1), ("in", True, 1)]
+
+
+def test_a_scan_over_very_many_weights_is_left_alone():
+    def f(p, x):
+        return jax.lax.scan(lambda c, w: (c + x @ w, None), x[:, 0], p)[0]
+
+    (site,) = find_weights(f, shaped(60_000, 24), jax.ShapeDtypeStruct((2, 24), jnp.float32))
+    assert not site.quantizable
+    assert "a scan of 60000 steps" in site.reason
 
 
 def test_custom_vjp_is_seen_through():
