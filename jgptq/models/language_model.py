@@ -15,6 +15,16 @@ from jaxtyping import Array, Float, Integer
 ParameterPath = tuple[str | int, ...]
 
 
+def tensor_name(path: ParameterPath) -> tuple[str, bool]:
+    """("model", "layers", 0, "mlp", "up_proj", "kernel") -> ("model.layers.0.mlp.up_proj.weight", True).
+
+    A parameter below `experts` is a stack, which checkpoints store as one tensor an expert.
+    """
+    *modules, leaf = path
+    parts = [part for module in modules for part in ([module, "*"] if module == "experts" else [module])]
+    return ".".join([*map(str, parts), "bias" if leaf == "bias" else "weight"]), leaf == "kernel"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
     """What a Hugging Face model_type stands for: a row of MODELS.
@@ -23,14 +33,17 @@ class Architecture:
         `vocab_size`, `max_position_embeddings`, `bos_token_id`, `eos_token_id` and `to_dict()`; ValueError if it
         cannot be built.
     build: (config, rngs) -> the Flax NNX module, randomly initialized; called as module(tokens) -> logits.
-    tensor_name: a parameter's path -> (name in the checkpoint, whether it is stored transposed).
+    tensor_name: a parameter's path -> (name in the checkpoint, whether it is stored transposed). A `*` in the name:
+        the parameter's first axis is a stack, of which the checkpoint stores each index as a tensor of its own.
+    prefix: what a checkpoint of the model without its head leaves out at the start of every name.
     unused: regular expressions, matched in full, of checkpoint tensors that carry nothing the module needs.
     """
 
     model_type: str
     parse_config: Callable[[Mapping[str, Any]], Any]
     build: Callable[[Any, nnx.Rngs], nnx.Module]
-    tensor_name: Callable[[ParameterPath], tuple[str, bool]]
+    tensor_name: Callable[[ParameterPath], tuple[str, bool]] = tensor_name
+    prefix: str = "model."
     unused: tuple[str, ...] = ()
 
 
@@ -58,7 +71,7 @@ class LanguageModel:
         return nnx.merge(self._graph_and_shapes[0], params)(jnp.asarray(tokens))
 
     def init(self, key: Array) -> dict:
-        """Random float32 parameters: normal with the config's initializer_range, norms 1, biases 0."""
+        """Random float32 parameters: normal with the config's initializer_range, norms the identity, biases 0."""
         # Not jitted: equal shapes share their small programs, where one for all layers would compile for minutes.
         return _parameters(self.architecture.build(self.config, nnx.Rngs(params=key)))
 

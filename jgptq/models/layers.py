@@ -5,16 +5,16 @@ activations' dtype, except norms, rotations and softmax, which are in float32.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Float, Integer
 
 from jgptq import tensor
 from jgptq.kernels.matmul import matmul
-from jgptq.models import rotary
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -71,51 +71,74 @@ class Embed(nnx.Module):
         return table.dequantize() if isinstance(table, tensor.QuantizedTensor) else table
 
 
-class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + epsilon) * scale over the last axis. [Zhang & Sennrich 2019]"""
+def untied_head(config: Any, features: int, *, rngs: nnx.Rngs) -> Linear | None:
+    """The projection to logits, or None where the config ties it to the embedding."""
+    if config.tie_word_embeddings:
+        return None
+    return Linear(features, config.vocab_size, bias=False, std=config.initializer_range, rngs=rngs)
 
-    def __init__(self, features: int, *, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(features))
-        self.epsilon = epsilon
+
+def logits(x: Float[Array, "*batch features"], head: Linear | None, embedding: Embed) -> Float[Array, "*batch vocab"]:
+    return embedding.attend(x) if head is None else head(x)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x²) + epsilon) * (offset + scale) over the last axis. [Zhang & Sennrich 2019]
+
+    With an offset, as Gemma has it, the whole product is in float32.
+    """
+
+    def __init__(self, features: int, *, epsilon: float, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full(features, 1.0 - offset))
+        self.epsilon, self.offset = epsilon, offset
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         wide = x.astype(jnp.float32)
         normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return normed.astype(x.dtype) * along_last(self.scale.get_value(), x)
+        scale = self.scale.get_value()
+        if self.offset:
+            return (normed * (self.offset + along_last(scale, normed))).astype(x.dtype)
+        return normed.astype(x.dtype) * along_last(scale, x)
 
 
-class Attention(nnx.Module):
-    """Causal attention with rotary positions; `kv_heads` heads of keys and values serve equal runs of query heads."""
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, in float32. [Ba et al. 2016]"""
+
+    def __init__(self, features: int, *, epsilon: float, affine: bool = True):
+        self.scale = nnx.Param(jnp.ones(features)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(features)) if affine else None
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.epsilon)
+        if self.scale is not None:
+            normed = normed * along_last(self.scale.get_value(), normed) + along_last(self.bias.get_value(), normed)
+        return normed.astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """down(activation(up(x))); `names` are the checkpoint's for up and down."""
 
     def __init__(
-        self, features: int, *, heads: int, kv_heads: int, head_dim: int, bias: bool, std: float, rngs: nnx.Rngs
-    ):
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.q_proj = Linear(features, heads * head_dim, bias=bias, std=std, rngs=rngs)
-        self.k_proj = Linear(features, kv_heads * head_dim, bias=bias, std=std, rngs=rngs)
-        self.v_proj = Linear(features, kv_heads * head_dim, bias=bias, std=std, rngs=rngs)
-        self.o_proj = Linear(heads * head_dim, features, bias=bias, std=std, rngs=rngs)
-
-    def __call__(
         self,
-        x: Float[Array, "batch seq features"],
-        cos: Float[Array, "seq half"],
-        sin: Float[Array, "seq half"],
-        mask: Bool[Array, "seq seq"],
-    ) -> Float[Array, "batch seq features"]:
-        """mask: (query, key), True where the query sees the key."""
-        batch, seq, _ = x.shape
-        queries = rotary.rotate(self.q_proj(x).reshape(batch, seq, self.heads, self.head_dim), cos, sin)
-        keys = rotary.rotate(self.k_proj(x).reshape(batch, seq, self.kv_heads, self.head_dim), cos, sin)
-        values = self.v_proj(x).reshape(batch, seq, self.kv_heads, self.head_dim)
-        queries = queries.reshape(batch, seq, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
-        scores = jnp.einsum(
-            "bqhgd,bkhd->bhgqk", queries, keys, precision=precision(x.dtype), preferred_element_type=jnp.float32
-        )
-        scores = jnp.where(mask[None, None, None], scores * self.head_dim**-0.5, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, values, precision=precision(x.dtype))
-        return self.o_proj(mixed.reshape(batch, seq, self.heads * self.head_dim))
+        features: int,
+        hidden: int,
+        *,
+        names: tuple[str, str],
+        activation: str,
+        bias: bool,
+        std: float,
+        rngs: nnx.Rngs,
+    ):
+        self.names, self.activation = names, activation
+        setattr(self, names[0], Linear(features, hidden, bias=bias, std=std, rngs=rngs))
+        setattr(self, names[1], Linear(hidden, features, bias=bias, std=std, rngs=rngs))
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        up, down = (getattr(self, name) for name in self.names)
+        return down(ACTIVATIONS[self.activation](up(x)))
 
 
 class GatedMLP(nnx.Module):
@@ -129,3 +152,11 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+
+
+class Group(nnx.Module):
+    """Modules under a common name, where the checkpoint has one; None for one that a config leaves out."""
+
+    def __init__(self, **modules: nnx.Module | None):
+        for name, module in modules.items():
+            setattr(self, name, module)

@@ -1,32 +1,34 @@
 """Llama 1 to 3.x: pre-norm transformer decoder with rotary, grouped-query attention and a gated MLP.
 
-[Touvron et al. 2023; Grattafiori et al. 2024]
+[Touvron et al. 2023; Grattafiori et al. 2024] Its parts serve the models that descend from it.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
 from jgptq.models import layers, rotary
-from jgptq.models.json_fields import read_fields
-from jgptq.models.language_model import Architecture, ParameterPath
+from jgptq.models.attention import Attention, Positions
+from jgptq.models.causal_lm import CausalLM
+from jgptq.models.config import Config, check_divides
+from jgptq.models.language_model import Architecture
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+# Old checkpoints store the rotary frequencies; some with a tied head store it twice.
+UNUSED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
-    """Sizes and choices of a Llama, named as in its config.json.
+class DecoderConfig(Config):
+    """The sizes of Llama and its descendants, named as in config.json.
 
     num_key_value_heads: None: as many as query heads. head_dim: None: hidden_size / num_attention_heads.
     """
 
-    vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -36,152 +38,143 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope: rotary.Rope = dataclasses.field(default_factory=rotary.Rope)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        check_divides(self, "num_key_value_heads", "num_attention_heads")
+        if int(self.head_dim * self.rope.partial) % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig(DecoderConfig):
+    model_type: ClassVar[str] = "llama"
+    transformers_class: ClassVar[str] = "LlamaForCausalLM"
+
     hidden_act: str = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
-
-    def __post_init__(self):
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        for name in (*SIZES, "num_key_value_heads", "max_position_embeddings"):
-            self._check_size(name)
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        self._check_size("head_dim")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
-        if self.hidden_act not in layers.ACTIVATIONS:
-            raise ValueError(
-                f"hidden_act={self.hidden_act!r} is not supported; choose one of {tuple(layers.ACTIVATIONS)}"
-            )
-
-    def _check_size(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r}; give a positive integer")
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """Reads a Hugging Face config.json; keys that change nothing here are ignored."""
-        if missing := [name for name in SIZES if config.get(name) is None]:
-            raise ValueError(f"config.json of a llama needs {list(SIZES)}; {missing} is missing")
-        plain = [field.name for field in dataclasses.fields(cls) if field.name != "rope"]
-        options = read_fields(cls, config, plain)
-        max_length = options.get("max_position_embeddings", cls.max_position_embeddings)
-        return cls(**options, rope=rotary.Rope.from_config(config, max_length))
-
-    def to_dict(self) -> dict[str, Any]:
-        """A config.json that transformers 4 and 5 read, and `from_dict` reads back to an equal config."""
-        rope_parameters = self.rope.to_config()
-        scaling = {name: value for name, value in rope_parameters.items() if name != "rope_theta"}
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "rope"}
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **options,
-            "rope_parameters": rope_parameters,
-            "rope_theta": self.rope.theta,
-            "rope_scaling": None if self.rope.rope_type == "default" else scaling,
-        }
 
 
-class LlamaLayer(nnx.Module):
+def attention(
+    config: DecoderConfig,
+    *,
+    bias: bool,
+    output_bias: bool,
+    rngs: nnx.Rngs,
+    names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+    rope: rotary.Rope | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    norm: Callable[[], nnx.Module] | None = None,
+) -> Attention:
+    """Attention of the config's sizes. rope: None: the config's."""
+    return Attention(
+        config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        bias=bias,
+        output_bias=output_bias,
+        std=config.initializer_range,
+        rngs=rngs,
+        names=names,
+        scale=scale,
+        soft_cap=soft_cap,
+        rope=rope or config.rope,
+        max_length=config.max_position_embeddings,
+        window=window,
+        norm=norm,
+    )
+
+
+def gated_mlp(config: DecoderConfig, *, activation: str, bias: bool, rngs: nnx.Rngs) -> layers.GatedMLP:
+    return layers.GatedMLP(
+        config.hidden_size,
+        config.intermediate_size,
+        activation=activation,
+        bias=bias,
+        std=config.initializer_range,
+        rngs=rngs,
+    )
+
+
+class PreNormLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        std = config.initializer_range
-        self.input_layernorm = layers.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
-        self.self_attn = layers.Attention(
-            config.hidden_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            bias=config.attention_bias,
-            std=std,
-            rngs=rngs,
-        )
-        self.post_attention_layernorm = layers.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
-        self.mlp = layers.GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            activation=config.hidden_act,
-            bias=config.mlp_bias,
-            std=std,
-            rngs=rngs,
-        )
+    def __init__(self, norm: Callable[[], nnx.Module], self_attn: Attention, mlp: nnx.Module):
+        self.input_layernorm = norm()
+        self.self_attn = self_attn
+        self.post_attention_layernorm = norm()
+        self.mlp = mlp
 
     def __call__(
-        self, x: Float[Array, "batch seq features"], cos: Array, sin: Array, mask: Array
+        self, x: Float[Array, "batch seq features"], positions: Positions
     ) -> Float[Array, "batch seq features"]:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        x = x + self.self_attn(self.input_layernorm(x), positions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LlamaDecoder(nnx.Module):
-    """Tokens to normalized features."""
+class Decoder(CausalLM):
+    """Llama and its descendants: `layer` makes the layer of an index, `norm` the norm before the head.
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.embed_tokens = layers.Embed(config.vocab_size, config.hidden_size, std=config.initializer_range, rngs=rngs)
-        self.layers = nnx.List([LlamaLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
-        self.norm = layers.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps)
+    embedding_scale: of the embedded tokens. soft_cap: bounds the logits, as soft_cap * tanh(logits / soft_cap).
+    With tied embeddings the head is the embedding, transposed.
+    """
 
-    def __call__(self, tokens: Integer[Array, "batch seq"]) -> Float[Array, "batch seq features"]:
-        length = tokens.shape[1]
-        cos, sin = rotary.rotation(
-            self.config.rope,
-            head_dim=self.config.head_dim,
-            length=length,
-            max_length=self.config.max_position_embeddings,
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        layer: Callable[[int], nnx.Module],
+        norm: Callable[[], nnx.Module],
+        embedding_scale: float | None = None,
+        soft_cap: float | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.embedding_scale, self.soft_cap = embedding_scale, soft_cap
+        self.model = layers.Group(
+            embed_tokens=layers.Embed(config.vocab_size, config.hidden_size, std=config.initializer_range, rngs=rngs),
+            layers=nnx.List([layer(index) for index in range(config.num_hidden_layers)]),
+            norm=norm(),
         )
-        mask = jnp.tril(jnp.ones((length, length), bool))
-        x = self.embed_tokens(tokens)
-        # Layers differ in nothing but their weights, so their traces have equal text and share one compilation.
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask)
-        return self.norm(x)
+        self.lm_head = layers.untied_head(config, config.hidden_size, rngs=rngs)
+
+    def embed(self, tokens: Integer[Array, "batch seq"], positions: Positions) -> Float[Array, "batch seq features"]:
+        x = self.model.embed_tokens(tokens)
+        return x if self.embedding_scale is None else x * jnp.asarray(self.embedding_scale, x.dtype)
+
+    def decoder_layers(self) -> Sequence[nnx.Module]:
+        return self.model.layers
+
+    def head(self, x: Float[Array, "batch seq features"]) -> Float[Array, "batch seq vocab"]:
+        logits = layers.logits(self.model.norm(x), self.lm_head, self.model.embed_tokens)
+        return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
 
-class Llama(nnx.Module):
-    """A Llama with its language-model head; with tied embeddings the head is the embedding, transposed."""
-
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.model = LlamaDecoder(config, rngs=rngs)
-        if config.tie_word_embeddings:
-            self.lm_head = None
-        else:
-            self.lm_head = layers.Linear(
-                config.hidden_size, config.vocab_size, bias=False, std=config.initializer_range, rngs=rngs
-            )
-
-    def __call__(self, tokens: Integer[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
-        """Logits, float32."""
-        x = self.model(tokens)
-        logits = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
-        return logits.astype(jnp.float32)
+def rms_norm(config: DecoderConfig) -> Callable[[], layers.RMSNorm]:
+    return functools.partial(layers.RMSNorm, config.hidden_size, epsilon=config.rms_norm_eps)
 
 
-def tensor_name(path: ParameterPath) -> tuple[str, bool]:
-    """("model", "layers", 0, "mlp", "up_proj", "kernel") -> ("model.layers.0.mlp.up_proj.weight", True)."""
-    *module, leaf = path
-    name = "bias" if leaf == "bias" else "weight"
-    return ".".join([*map(str, module), name]), leaf == "kernel"
+def build(config: LlamaConfig, rngs: nnx.Rngs) -> Decoder:
+    norm = rms_norm(config)
+
+    def layer(index: int) -> PreNormLayer:
+        bias = config.attention_bias
+        return PreNormLayer(
+            norm,
+            attention(config, bias=bias, output_bias=bias, rngs=rngs),
+            gated_mlp(config, activation=config.hidden_act, bias=config.mlp_bias, rngs=rngs),
+        )
+
+    return Decoder(config, layer=layer, norm=norm, rngs=rngs)
 
 
 ARCHITECTURE = Architecture(
-    model_type="llama",
-    parse_config=LlamaConfig.from_dict,
-    build=lambda config, rngs: Llama(config, rngs=rngs),
-    tensor_name=tensor_name,
-    # Old checkpoints store the rotary frequencies; some with a tied head store it twice.
-    unused=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight"),
+    model_type=LlamaConfig.model_type, parse_config=LlamaConfig.from_dict, build=build, unused=UNUSED
 )

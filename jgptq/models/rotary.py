@@ -1,7 +1,7 @@
 """Rotary position embedding and the ways long-context checkpoints rescale it.
 
 Pair (i, i + head_dim / 2) of a head turns by position * frequency_i, frequency_i = theta**(-2 i / head_dim).
-[Su et al. 2021; "dynamic" and "yarn": Peng et al. 2023; "llama3": the Llama 3.1 release]
+[Su et al. 2021; "dynamic" and "yarn": Peng et al. 2023; "llama3": the Llama 3.1 release; "longrope": Ding et al. 2024]
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from jgptq.models.json_fields import read_fields
 
@@ -20,13 +20,16 @@ from jgptq.models.json_fields import read_fields
 class Rope:
     """The rotary part of a model's config, in the config's own words.
 
+    partial: the part of each head, from its start, that turns (partial_rotary_factor).
     original_length: context length before rescaling, in tokens (original_max_position_embeddings).
     attention_factor: multiplies cos and sin; None: what the rope type prescribes.
+    short_factor, long_factor: what "longrope" divides each pair's frequency by, up to the original length and beyond.
     """
 
     rope_type: str = "default"
     theta: float = 10000.0
-    factor: float = 1.0
+    partial: float = 1.0
+    factor: float | None = None
     original_length: int = 2048
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -36,18 +39,24 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
     def __post_init__(self):
         if self.rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type={self.rope_type!r} is not supported; choose one of {tuple(ROPE_TYPES)}")
         for name in ("theta", "factor", "original_length"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or value <= 0:
+            if value is not None and (not isinstance(value, int | float) or value <= 0):
                 raise ValueError(f"rope: {name}={value!r}; give a positive number")
+        if not 0 < self.partial <= 1:
+            raise ValueError(f"rope: partial_rotary_factor={self.partial!r}; give a number above 0 and up to 1")
         if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"rope: high_freq_factor={self.high_freq_factor} must be above low_freq_factor={self.low_freq_factor}"
             )
+        if missing := [name for name in NEEDED[self.rope_type] if getattr(self, name) in (None, ())]:
+            raise ValueError(f"rope: rope_type={self.rope_type!r} needs {missing}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], max_length: int) -> "Rope":
@@ -58,44 +67,59 @@ class Rope:
         given = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
             raise ValueError(f"rope parameters are {given!r}; give one flat object with a rope_type for all layers")
-        if given.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError("partial_rotary_factor is not supported here; only heads rotated in full are")
         rope_type = given.get("rope_type") or given.get("type") or "default"
         needed = NEEDED.get(rope_type, ())
         if missing := [name for name in needed if given.get(name) is None]:
             raise ValueError(f"rope_type {rope_type!r} needs {list(needed)} in config.json; {missing} is missing")
         read = {field: given.get(NAMES.get(field, field)) for field in (*needed, *OPTIONAL.get(rope_type, ()))}
-        read["theta"] = given.get("rope_theta") or config.get("rope_theta")
+        for field in ("theta", "partial"):
+            read[field] = given.get(NAMES[field]) or config.get(NAMES[field])
         if "original_length" in read:
-            read["original_length"] = read["original_length"] or max_length
+            read["original_length"] = config.get(NAMES["original_length"]) or read["original_length"] or max_length
         return cls(rope_type=rope_type, **read_fields(cls, read, read))
 
     def to_config(self) -> dict[str, Any]:
         """The `rope_parameters` object that `from_config` reads back."""
         kept = ("rope_type", "theta", *NEEDED[self.rope_type], *OPTIONAL[self.rope_type])
         values = {NAMES.get(name, name): getattr(self, name) for name in kept}
+        if self.partial != 1:
+            values[NAMES["partial"]] = self.partial
         return {name: value for name, value in values.items() if value is not None}
+
+    def to_config_json(self) -> dict[str, Any]:
+        """The keys of config.json that transformers 5 and, after them, transformers 4 read."""
+        parameters = self.to_config()
+        scaling = {name: value for name, value in parameters.items() if name not in ("rope_theta", NAMES["partial"])}
+        return {
+            "rope_parameters": parameters,
+            "rope_theta": self.theta,
+            "rope_scaling": None if self.rope_type == "default" else scaling,
+            **({NAMES["partial"]: self.partial} if self.partial != 1 else {}),
+        }
 
 
 def rotation(
-    rope: Rope, *, head_dim: int, length: int, max_length: int
-) -> tuple[Float[Array, "length half"], Float[Array, "length half"]]:
-    """cos and sin of every position's angles, float32.
+    rope: Rope, positions: Integer[Array, " tokens"], *, head_dim: int, length: int, max_length: int
+) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]:
+    """cos and sin of every position's angles, float32, for the part of a head that turns.
 
-    max_length: the longest sequence the config was trained or scaled for; only "dynamic" looks at it.
+    length: of the whole sequence, which "dynamic" and "longrope" look at.
+    max_length: the longest sequence the config was trained or scaled for.
     """
-    frequencies, scale = ROPE_TYPES[rope.rope_type](rope, head_dim, length, max_length)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None, :]
+    frequencies, scale = ROPE_TYPES[rope.rope_type](rope, int(head_dim * rope.partial), length, max_length)
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None, :]
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
 def rotate(
     x: Float[Array, "batch seq heads head_dim"], cos: Float[Array, "seq half"], sin: Float[Array, "seq half"]
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Turns every head by its position's angles, in float32; the result has x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Turns every head's first 2 `half` features by its position's angles, in float32; the result has x's dtype."""
+    turning, still = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+    first, second = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[None, :, None, :], sin[None, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([turned, still], axis=-1) if still.shape[-1] else turned
 
 
 def _frequencies(theta: float, head_dim: int) -> np.ndarray:
@@ -141,6 +165,18 @@ def _yarn(rope: Rope, head_dim: int, length: int, max_length: int) -> tuple[np.n
     return frequencies * (1 - stretched + stretched / rope.factor), _yarn_attention_factor(rope)
 
 
+def _longrope(rope: Rope, head_dim: int, length: int, max_length: int) -> tuple[np.ndarray, float]:
+    """Every pair is slowed by a factor of its own, and by another beyond the original context."""
+    divisors = np.asarray(rope.long_factor if length > rope.original_length else rope.short_factor)
+    if divisors.shape != (head_dim // 2,):
+        raise ValueError(f"rope: short_factor or long_factor has {divisors.size} numbers; give {head_dim // 2}")
+    factor = rope.factor or max_length / rope.original_length
+    scale = rope.attention_factor
+    if scale is None:
+        scale = math.sqrt(1 + math.log(factor) / math.log(rope.original_length)) if factor > 1 else 1.0
+    return _frequencies(rope.theta, head_dim) / divisors, scale
+
+
 def _yarn_attention_factor(rope: Rope) -> float:
     def sharpening(weight: float) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
@@ -159,15 +195,21 @@ ROPE_TYPES: dict[str, Callable[[Rope, int, int, int], tuple[np.ndarray, float]]]
     "dynamic": _dynamic,
     "llama3": _llama3,
     "yarn": _yarn,
+    "longrope": _longrope,
 }
 # What each type reads, and where config.json has another word for it.
-NAMES = {"theta": "rope_theta", "original_length": "original_max_position_embeddings"}
+NAMES = {
+    "theta": "rope_theta",
+    "partial": "partial_rotary_factor",
+    "original_length": "original_max_position_embeddings",
+}
 NEEDED: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -175,4 +217,5 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "dynamic": (),
     "llama3": ("original_length",),
     "yarn": ("original_length", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("original_length", "factor", "attention_factor"),
 }

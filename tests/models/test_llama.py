@@ -13,7 +13,6 @@ from jgptq.models import MODELS, LanguageModel
 from jgptq.models.llama import LlamaConfig
 from jgptq.models.rotary import Rope
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 # Float32 sums in another order; logits here are of order 1 to 10.
 TOLERANCE = 1e-4
 
@@ -211,17 +210,6 @@ def test_layers_trace_to_equal_text():
         assert len(jaxpr.consts) <= 1  # the rotary frequencies
         lines[layers] = len(jaxpr.eqns)
     assert lines[3] - lines[2] == lines[2] - lines[1]
-
-
-@pytest.mark.skipif(not (DATA / "stories260K").is_dir(), reason="shared/data/stories260K is not beside this repository")
-def test_pretrained_stories_model_equals_transformers():
-    reference = transformers.LlamaForCausalLM.from_pretrained(DATA / "stories260K").eval()
-    model, params = checkpoints.load(DATA / "stories260K")
-    tokens = random_tokens(512, vocab=512)
-    # Logits reach 18 here.
-    np.testing.assert_allclose(
-        jax.jit(model.apply)(params, jnp.asarray(tokens)), torch_logits(reference, tokens), atol=TOLERANCE
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,154 @@
+"""Attention, and the positions it depends on. Every model's attention is this one."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jgptq.models import rotary
+from jgptq.models.layers import Linear, precision
+
+SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class Positions:
+    """Where the tokens of one pass through a model stand; what follows from it is made once and shared by the layers.
+
+    queries: positions of the tokens given. keys: positions of all the tokens that those may look at.
+    length: of the whole sequence, known while tracing.
+    """
+
+    def __init__(self, queries: Int[Array, " query"], keys: Int[Array, " key"], length: int):
+        self.queries, self.keys, self.length = queries, keys, length
+        self._made = {}
+
+    @classmethod
+    def of_sequence(cls, length: int) -> "Positions":
+        """A sequence from its beginning."""
+        positions = jnp.arange(length)
+        return cls(positions, positions, length)
+
+    def mask(self, window: int | None) -> Bool[Array, "query key"]:
+        """True where the query sees the key: itself and what came before, at most `window` tokens in all."""
+        return self._once(("mask", window), lambda: self._mask(window))
+
+    def rotation(
+        self, rope: rotary.Rope, head_dim: int, max_length: int
+    ) -> tuple[Float[Array, "query half"], Float[Array, "query half"]]:
+        """cos and sin by which the heads of these tokens turn."""
+        return self._once(
+            (rope, head_dim, max_length),
+            lambda: rotary.rotation(rope, self.queries, head_dim=head_dim, length=self.length, max_length=max_length),
+        )
+
+    def _mask(self, window: int | None) -> Bool[Array, "query key"]:
+        distance = self.queries[:, None] - self.keys[None, :]
+        return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+    def _once(self, name: tuple, make: Callable):
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+
+class Attention(nnx.Module):
+    """Causal attention; `kv_heads` heads of keys and values serve equal runs of query heads.
+
+    names: the checkpoint's, of the projections to queries, keys, values and back; two where the first three are one,
+        with their outputs side by side, or `interleaved`: (kv_heads, queries of the head + its key + its value).
+    scale: of the scores; None: head_dim**-0.5. soft_cap: bounds them, as soft_cap * tanh(scores / soft_cap).
+    rope: rotary positions; max_length: the longest sequence it was made for.
+    window: how many tokens a query sees. norm: makes the norm on each query and key head, None: there are none.
+    alibi: for each head, what a token further on adds to the score, rounded to alibi_dtype. [Press et al. 2022]
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        bias: bool,
+        output_bias: bool,
+        std: float,
+        rngs: nnx.Rngs,
+        names: tuple[str, ...] = SEPARATE,
+        interleaved: bool = False,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+        rope: rotary.Rope | None = None,
+        max_length: int | None = None,
+        window: int | None = None,
+        norm: Callable[[], nnx.Module] | None = None,
+        alibi: tuple[float, ...] | None = None,
+        alibi_dtype: str = "float32",
+    ):
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.names, self.interleaved = names, interleaved
+        self.scale, self.soft_cap = head_dim**-0.5 if scale is None else scale, soft_cap
+        self.rope, self.max_length, self.window = rope, max_length, window
+        self.alibi, self.alibi_dtype = alibi, alibi_dtype
+        widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+        for name, width in zip(names[:-1], widths if len(names) == 4 else [sum(widths)], strict=True):
+            setattr(self, name, Linear(features, width, bias=bias, std=std, rngs=rngs))
+        setattr(self, names[-1], Linear(heads * head_dim, features, bias=output_bias, std=std, rngs=rngs))
+        self.q_norm, self.k_norm = (None, None) if norm is None else (norm(), norm())
+
+    def __call__(
+        self, x: Float[Array, "batch query features"], positions: Positions
+    ) -> Float[Array, "batch query features"]:
+        queries, keys, values = self._project(x)
+        if self.q_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if self.rope is not None:
+            rotation = positions.rotation(self.rope, self.head_dim, self.max_length)
+            queries, keys = rotary.rotate(queries, *rotation), rotary.rotate(keys, *rotation)
+        mixed = self._mix(queries, keys, values, positions)
+        return getattr(self, self.names[-1])(mixed)
+
+    def _project(
+        self, x: Float[Array, "batch token features"]
+    ) -> tuple[
+        Float[Array, "batch token heads head_dim"],
+        Float[Array, "batch token kv_heads head_dim"],
+        Float[Array, "batch token kv_heads head_dim"],
+    ]:
+        outputs = [getattr(self, name)(x) for name in self.names[:-1]]
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        if len(outputs) == 3:
+            queries, keys, values = outputs
+        elif self.interleaved:
+            heads = outputs[0].reshape(*x.shape[:-1], self.kv_heads, -1, self.head_dim)
+            queries, keys, values = heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
+        else:
+            ends = [self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim]
+            queries, keys, values = jnp.split(outputs[0], ends, axis=-1)
+        return queries.reshape(shape), keys.reshape(shape), values.reshape(shape)
+
+    def _mix(
+        self,
+        queries: Float[Array, "batch query heads head_dim"],
+        keys: Float[Array, "batch key kv_heads head_dim"],
+        values: Float[Array, "batch key kv_heads head_dim"],
+        positions: Positions,
+    ) -> Float[Array, "batch query mixed"]:
+        """softmax(scale q·k + what positions add) v, with scores and softmax in float32."""
+        batch, count = queries.shape[:2]
+        dtype, group = queries.dtype, self.heads // self.kv_heads
+        queries = queries.reshape(batch, count, self.kv_heads, group, self.head_dim)
+        scores = self.scale * jnp.einsum(
+            "bqhgd,bkhd->bhgqk", queries, keys, precision=precision(dtype), preferred_element_type=jnp.float32
+        )
+        if self.soft_cap is not None:
+            scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
+        if self.alibi is not None:
+            slopes = jnp.asarray(self.alibi, self.alibi_dtype).reshape(1, self.kv_heads, group, 1, 1)
+            distances = positions.keys.astype(self.alibi_dtype)[None, None, None, None, :]
+            scores = scores + (slopes * distances).astype(jnp.float32)
+        scores = jnp.where(positions.mask(self.window)[None, None, None], scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+        mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, values, precision=precision(dtype))
+        return mixed.reshape(batch, count, self.heads * self.head_dim)
