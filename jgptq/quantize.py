@@ -21,7 +21,7 @@ import numpy as np
 
 from jgptq.grid import Grid
 from jgptq.hessian import Hessian, energy
-from jgptq.solvers import METHODS, Info, Method, rtn
+from jgptq.solvers import METHODS, RTN, Info, Method, rtn
 from jgptq.tensor import Index, QuantizedTensor, dequantize, join, matrix
 from jgptq.tracing.graph import Part, Site, Step, leaf_paths, trace
 from jgptq.tracing.products import Product, empty_hessian
@@ -146,6 +146,8 @@ def quantize(
             site, name = sites[part.leaf], names[_key(part)]
             if finished is not None and name in finished:
                 weight, row = finished[name]
+                if weight.layout != part.layout:
+                    raise ValueError(f"finished[{name!r}] is a {weight}; this weight is {part.layout.shape}: remove it")
                 weight = jax.tree.map(lambda array: jnp.asarray(array[...]), weight)
             else:
                 weight, row = _solve_part(executor, site, part, hessian, *plan[part.leaf])
@@ -205,7 +207,7 @@ def _solve_part(
     w = part.layout.to_matrix(executor.leaf(part.leaf, part.index))
     if w.ndim == 2:
         weight, info = method.solve(w, hessian, grid)
-        error = _rtn_error(w, hessian, info, grid)
+        error = info.relative_error if isinstance(method, RTN) else _rtn_error(w, hessian, info, grid)
     else:
         batch = w.shape[:-2]
         weight, info, error = _solve_batch(w.reshape(-1, *w.shape[-2:]), _share(hessian), grid, method)

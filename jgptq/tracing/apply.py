@@ -251,6 +251,7 @@ def _rows(equation: jex.JaxprEqn, operands: list[Any]) -> list[jax.Array] | None
         views.layout(view, (), (1,), (0,)).roles() == layout.roles()
         and tuple(numbers.start_index_map) == (0,)
         and tuple(numbers.collapsed_slice_dims) == (0,)
+        and not numbers.operand_batching_dims
         and tuple(equation.params["slice_sizes"]) == (1, features)
     )
     if not is_rows:

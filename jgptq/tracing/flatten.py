@@ -176,12 +176,12 @@ class Flattener:
         """A weight scaled by, or added to, what does not depend on the function's inputs."""
         shape = equation.outvars[0].aval.shape
         name = equation.primitive.name
+        if any(isinstance(argument, jex.Var) and argument in self._from_inputs for argument in arguments):
+            return None
         # What is smaller than the result is repeated along it: no weight, whatever it is a view of.
         arguments = [a if a.aval.shape == shape else self._written(a, name) for a in arguments]
         weights = [argument for argument in arguments if isinstance(argument, Weight)]
         others = [argument for argument in arguments if not isinstance(argument, Weight)]
-        if any(isinstance(other, jex.Var) and other in self._from_inputs for other in others):
-            return None
         if not weights:
             return None
         if name in ("add", "sub"):
