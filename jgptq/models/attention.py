@@ -1,5 +1,7 @@
 """Attention, and the positions it depends on. Every model's attention is this one."""
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -9,6 +11,31 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jgptq.models import rotary
 from jgptq.models.layers import Linear, precision
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alibi:
+    """Linear biases: what each head adds to a score for every token that the key is further on. [Press et al. 2022]
+
+    dtype: slope times position is rounded to it; scale: multiplies the rounded product.
+    """
+
+    slopes: tuple[float, ...]
+    dtype: str = "float32"
+    scale: float = 1.0
+
+    def bias(self, keys: Int[Array, " key"]) -> Float[Array, "heads key"]:
+        """float32. Up to a constant for each query, which softmax does not see."""
+        slopes = jnp.asarray(self.slopes, self.dtype)
+        return self.scale * (slopes[:, None] * keys.astype(self.dtype)[None, :]).astype(jnp.float32)
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """2**(-8 k / n), k = 1 .. n, for the power of two n up to `heads`; the rest lie between the first of them."""
+    power = 2 ** math.floor(math.log2(heads))
+    between = [2 ** (-4 * k / power) for k in range(1, 2 * (heads - power), 2)]
+    return (*(2 ** (-8 * k / power) for k in range(1, power + 1)), *between)
+
 
 SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -61,7 +88,7 @@ class Attention(nnx.Module):
     scale: of the scores; None: head_dim**-0.5. soft_cap: bounds them, as soft_cap * tanh(scores / soft_cap).
     rope: rotary positions; max_length: the longest sequence it was made for.
     window: how many tokens a query sees. norm: makes the norm on each query and key head, None: there are none.
-    alibi: for each head, what a token further on adds to the score, rounded to alibi_dtype. [Press et al. 2022]
+    alibi: linear biases on the scores.
     """
 
     def __init__(
@@ -83,14 +110,13 @@ class Attention(nnx.Module):
         max_length: int | None = None,
         window: int | None = None,
         norm: Callable[[], nnx.Module] | None = None,
-        alibi: tuple[float, ...] | None = None,
-        alibi_dtype: str = "float32",
+        alibi: Alibi | None = None,
     ):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.names, self.interleaved = names, interleaved
         self.scale, self.soft_cap = head_dim**-0.5 if scale is None else scale, soft_cap
         self.rope, self.max_length, self.window = rope, max_length, window
-        self.alibi, self.alibi_dtype = alibi, alibi_dtype
+        self.alibi = alibi
         widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
         for name, width in zip(names[:-1], widths if len(names) == 4 else [sum(widths)], strict=True):
             setattr(self, name, Linear(features, width, bias=bias, std=std, rngs=rngs))
@@ -145,9 +171,7 @@ class Attention(nnx.Module):
         if self.soft_cap is not None:
             scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
         if self.alibi is not None:
-            slopes = jnp.asarray(self.alibi, self.alibi_dtype).reshape(1, self.kv_heads, group, 1, 1)
-            distances = positions.keys.astype(self.alibi_dtype)[None, None, None, None, :]
-            scores = scores + (slopes * distances).astype(jnp.float32)
+            scores = scores + self.alibi.bias(positions.keys).reshape(1, self.kv_heads, group, 1, -1)
         scores = jnp.where(positions.mask(self.window)[None, None, None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
         mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, values, precision=precision(dtype))

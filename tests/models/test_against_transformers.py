@@ -28,6 +28,7 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
 }
+SIZES = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
 THETA = {"rope_type": "default", "rope_theta": 500.0}
 LLAMA3 = THETA | {
@@ -38,6 +39,11 @@ LLAMA3 = THETA | {
     "original_max_position_embeddings": 16,
 }
 YARN = THETA | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+LONGROPE = THETA | {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [2.0, 3.0, 5.0, 7.0],
+}
 LAYER_TYPES = ["sliding_attention", "full_attention"]
 
 # model_type -> what all its variants share, and the variants, the first of which stands for the model.
@@ -68,6 +74,38 @@ CASES = {
             "llama3": {"rope_parameters": LLAMA3, "num_key_value_heads": 1},
         },
     ),
+    "gemma": (
+        LLAMA | {"head_dim": 16},
+        {
+            "tied": {},
+            "untied": {"tie_word_embeddings": False, "attention_bias": True, "num_key_value_heads": 1},
+        },
+    ),
+    "gemma2": (
+        LLAMA | {"head_dim": 16, "sliding_window": 6},
+        {
+            "soft caps": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5, "query_pre_attn_scalar": 8},
+            "no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True},
+            "other layers": {"layer_types": LAYER_TYPES[::-1], "tie_word_embeddings": False},
+        },
+    ),
+    "gemma3_text": (
+        LLAMA | {"head_dim": 16, "sliding_window": 6, "layer_types": LAYER_TYPES},
+        {
+            "two ropes": {"rope_parameters": {"sliding_attention": THETA, "full_attention": LLAMA3}},
+            "pattern": {"layer_types": None, "num_hidden_layers": 3, "sliding_window_pattern": 2},
+            "caps": {"final_logit_softcapping": 1.5, "query_pre_attn_scalar": 8, "attention_bias": True},
+        },
+    ),
+    "phi3": (
+        LLAMA | {"original_max_position_embeddings": 8},
+        {
+            "plain": {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}},
+            "window": {"sliding_window": 6, "tie_word_embeddings": True, "num_key_value_heads": 4},
+            "long": {"rope_parameters": LONGROPE},
+            "short": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24},
+        },
+    ),
     "gpt2": (
         GPT2,
         {
@@ -75,6 +113,52 @@ CASES = {
             "untied": {"tie_word_embeddings": False, "activation_function": "relu", "n_inner": 48},
             "unscaled": {"scale_attn_weights": False},
             "scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
+        },
+    ),
+    "gpt_neo": (
+        {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 24},
+        {
+            "local": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
+            "untied": {"attention_types": [[["global"], 2]], "tie_word_embeddings": False, "intermediate_size": 48},
+        },
+    ),
+    "gpt_neox": (
+        SIZES,
+        {
+            "parallel": {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}},
+            "sequential": {"use_parallel_residual": False, "tie_word_embeddings": True},
+            "plain": {"attention_bias": False, "rope_parameters": YARN | {"partial_rotary_factor": 1.0}},
+            "linear": {"rope_parameters": THETA | {"rope_type": "linear", "factor": 3.0, "partial_rotary_factor": 0.5}},
+        },
+    ),
+    "opt": (
+        {name: value for name, value in SIZES.items() if name != "intermediate_size"} | {"ffn_dim": 44},
+        {
+            "norm before": {},
+            "norm after": {"do_layer_norm_before": False, "word_embed_proj_dim": 24},
+            "no final norm": {"_remove_final_layer_norm": True, "enable_bias": False},
+            "plain norms": {"layer_norm_elementwise_affine": False, "tie_word_embeddings": False},
+            "projections": {"word_embed_proj_dim": 24, "activation_function": "gelu"},
+        },
+    ),
+    "bloom": (
+        {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        {
+            "tied": {},
+            "untied": {"tie_word_embeddings": False, "n_head": 6, "hidden_size": 48},
+            "post": {"apply_residual_connection_post_layernorm": True},
+        },
+    ),
+    "falcon": (
+        {name: value for name, value in SIZES.items() if name != "intermediate_size"},
+        {
+            "multi-query": {},
+            "new": {"new_decoder_architecture": True, "num_kv_heads": 2, "rope_parameters": THETA},
+            "new, one norm": {"new_decoder_architecture": True, "num_kv_heads": 1, "num_ln_in_parallel_attn": 1},
+            "sequential": {"parallel_attn": False, "multi_query": False, "bias": True},
+            "alibi": {"alibi": True, "multi_query": False, "parallel_attn": False, "num_attention_heads": 6}
+            | {"hidden_size": 48},
+            "untied": {"tie_word_embeddings": False, "ffn_hidden_size": 40, "activation": "relu"},
         },
     ),
 }
@@ -88,11 +172,16 @@ def torch_config(model_type, variant):
     return kind(**{**shared, **variants[variant]}, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
+def implementation(config):
+    """Eager attention, which alone knows soft caps; but Falcon's adds its linear biases twice."""
+    return "sdpa" if getattr(config, "alibi", False) else "eager"
+
+
 def torch_model(model_type, variant, seed=0):
     """A PyTorch model whose every parameter, norms and biases too, is far from its initial value."""
     torch.manual_seed(seed)
     config = torch_config(model_type, variant)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation(config)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             around = 1.0 if "norm" in name or ".ln_" in name else 0.0
@@ -172,7 +261,8 @@ def test_config_survives_its_own_json_and_transformers_reads_it(model_type, vari
     assert MODELS[model_type].parse_config(written) == config
     read = type(original).from_dict(written).to_dict()
     for name, value in original.to_dict().items():
-        if name in written and name not in ("architectures", "rope_theta", "rope_scaling"):
+        # Its attention_layers are what attention_types says.
+        if name in written and name not in ("architectures", "rope_theta", "rope_scaling", "attention_types"):
             assert agrees(read[name], value), name
 
 
