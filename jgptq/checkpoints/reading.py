@@ -82,13 +82,49 @@ class LazyParameter:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """How one parameter is read: `tensors` are what the checkpoint must hold for it, by full name."""
+class LazyStack:
+    """Lazy parameters of one shape and dtype along a new first axis: the experts of a layer."""
 
-    module: str
+    parts: tuple[LazyParameter, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.parts), *self.parts[0].shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.parts) * self.parts[0].nbytes
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        result = np.empty(self.shape, self.dtype)
+        for number, part in enumerate(self.parts):
+            result[number] = part[...]
+        return result[index]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """How one parameter is read: for each module, what the checkpoint must hold, by full name.
+
+    stacked: the parameter is a stack of the modules', even if there is but one.
+    """
+
+    modules: dict[str, dict[str, ExpectedTensor]]
     packed: bool
     transposed: bool
-    tensors: dict[str, ExpectedTensor]
+    stacked: bool
+
+    @property
+    def tensors(self) -> dict[str, ExpectedTensor]:
+        return {name: wanted for tensors in self.modules.values() for name, wanted in tensors.items()}
 
 
 def _model(checkpoint: huggingface.Checkpoint) -> LanguageModel:
@@ -130,14 +166,22 @@ def _plan(
     shape: tuple[int, ...],
 ) -> _Plan:
     name, transposed = model.architecture.tensor_name(tuple(key.key for key in keys))
-    module = name.rpartition(".")[0]
-    packed = packing is not None and keys[-1].key == "kernel" and f"{module}.{packing.marker}" in checkpoint.tensors
-    if packed:
-        parts = packing.expected(settings, module, *shape)
-        tensors = {f"{module}.{part}": wanted for part, wanted in parts.items()}
-    else:
-        tensors = {name: ExpectedTensor(shape=shape[::-1] if transposed else shape, dtypes=FLOATS)}
-    return _Plan(module=module, packed=packed, transposed=transposed, tensors=tensors)
+    prefix = model.architecture.prefix
+    if not any(stored.startswith(prefix) for stored in checkpoint.tensors):
+        name = name.removeprefix(prefix)
+    stacked = "*" in name
+    names = [name.replace("*", str(number)) for number in range(shape[0])] if stacked else [name]
+    shape = shape[1:] if stacked else shape
+    modules = [name.rpartition(".")[0] for name in names]
+    packed = packing is not None and keys[-1].key == "kernel" and f"{modules[0]}.{packing.marker}" in checkpoint.tensors
+    plans = {}
+    for name, module in zip(names, modules, strict=True):
+        if packed:
+            parts = packing.expected(settings, module, *shape)
+            plans[module] = {f"{module}.{part}": wanted for part, wanted in parts.items()}
+        else:
+            plans[module] = {name: ExpectedTensor(shape=shape[::-1] if transposed else shape, dtypes=FLOATS)}
+    return _Plan(modules=plans, packed=packed, transposed=transposed, stacked=stacked)
 
 
 def _check(checkpoint: huggingface.Checkpoint, plans: Sequence[_Plan]) -> None:
@@ -174,14 +218,33 @@ def _read(
     settings: Any,
     dtype: Any | None,
     stored_dtype: Any | None,
-) -> LazyParameter | QuantizedTensor:
+) -> LazyParameter | LazyStack | QuantizedTensor:
     if not plan.packed:
-        (stored,) = (checkpoint.tensors[name] for name in plan.tensors)
-        own = np.float32 if stored.dtype == np.float64 else stored.dtype
-        return LazyParameter(stored=stored, dtype=jnp.dtype(dtype or own), transposed=plan.transposed)
-    arrays = {name.rpartition(".")[2]: checkpoint.tensors[name][...] for name in plan.tensors}
-    try:
-        weight = packing.decode(settings, plan.module, arrays, stored_dtype)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.directory}: {error}") from error
+        parts = tuple(_read_float(checkpoint.tensors[name], plan.transposed, dtype) for name in plan.tensors)
+        return LazyStack(parts=parts) if plan.stacked else parts[0]
+    weights = []
+    for module, tensors in plan.modules.items():
+        arrays = {name.rpartition(".")[2]: checkpoint.tensors[name][...] for name in tensors}
+        try:
+            weights.append(packing.decode(settings, module, arrays, stored_dtype))
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.directory}: {error}") from error
+    weight = _stack(checkpoint, list(plan.modules), weights) if plan.stacked else weights[0]
     return weight if dtype is None else dataclasses.replace(weight, dtype=jnp.dtype(dtype))
+
+
+def _read_float(stored: StoredTensor, transposed: bool, dtype: Any | None) -> LazyParameter:
+    own = np.float32 if stored.dtype == np.float64 else stored.dtype
+    return LazyParameter(stored=stored, dtype=jnp.dtype(dtype or own), transposed=transposed)
+
+
+def _stack(
+    checkpoint: huggingface.Checkpoint, modules: Sequence[str], weights: Sequence[QuantizedTensor]
+) -> QuantizedTensor:
+    if len({(jax.tree.structure(weight), weight.scales.dtype) for weight in weights}) > 1:
+        raise ValueError(
+            f"{checkpoint.directory}: {modules[0]} to {modules[-1]} are packed in different ways; experts of one layer "
+            "must have the same bits, group size, symmetry and order of inputs"
+        )
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *weights)
+    return dataclasses.replace(stacked, layout=stacked.layout.stacked((len(weights),)))

@@ -82,3 +82,9 @@ def check_layer_types(layer_types: tuple[str, ...], count: int) -> None:
     """ValueError unless every layer has a type that is known."""
     if len(layer_types) != count or not set(layer_types) <= set(LAYER_TYPES):
         raise ValueError(f"layer_types={layer_types!r}; give {count}, one a layer, each one of {LAYER_TYPES}")
+
+
+def check_experts(chosen: int, count: int) -> None:
+    """ValueError unless there are as many experts as a token goes through."""
+    if chosen > count:
+        raise ValueError(f"num_experts_per_tok={chosen}; give at most the number of experts, {count}")

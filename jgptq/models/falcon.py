@@ -49,6 +49,7 @@ class FalconConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         check_divides(self, "num_attention_heads", "hidden_size")
+        self.rope.check_head(self.hidden_size // self.num_attention_heads)
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_attention_heads)
         if self.ffn_hidden_size is None:

@@ -27,6 +27,10 @@ class Gemma3Config(gemma2.Gemma2Config):
     rope: rotary.Rope = dataclasses.field(default_factory=lambda: rotary.Rope(theta=1e6))
     local_rope: rotary.Rope = dataclasses.field(default_factory=rotary.Rope)
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.local_rope.check_head(self.head_dim)
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Config:
         """Reads rope_parameters by layer type, or rope_theta, rope_scaling and rope_local_base_freq of older files."""

@@ -36,6 +36,7 @@ class GPTNeoXConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         check_divides(self, "num_attention_heads", "hidden_size")
+        self.rope.check_head(self.hidden_size // self.num_attention_heads)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Config:

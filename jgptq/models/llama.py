@@ -46,8 +46,7 @@ class DecoderConfig(Config):
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         check_divides(self, "num_key_value_heads", "num_attention_heads")
-        if int(self.head_dim * self.rope.partial) % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
+        self.rope.check_head(self.head_dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ class Qwen3Config(qwen2.WindowedConfig):
     attention_bias: bool = False
 
 
-def attention(config: Qwen3Config, *, window: int | None, rngs: nnx.Rngs) -> Attention:
+def attention(config: llama.DecoderConfig, *, window: int | None, rngs: nnx.Rngs) -> Attention:
     return llama.attention(
         config,
         bias=config.attention_bias,

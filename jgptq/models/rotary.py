@@ -78,6 +78,16 @@ class Rope:
             read["original_length"] = config.get(NAMES["original_length"]) or read["original_length"] or max_length
         return cls(rope_type=rope_type, **read_fields(cls, read, read))
 
+    def check_head(self, head_dim: int) -> None:
+        """ValueError if heads of this size cannot be turned."""
+        turning = int(head_dim * self.partial)
+        if turning % 2:
+            raise ValueError(f"head_dim={head_dim} must be even: rotary embedding turns pairs")
+        for name in ("short_factor", "long_factor"):
+            count = len(getattr(self, name))
+            if self.rope_type == "longrope" and count != turning // 2:
+                raise ValueError(f"rope: {name} has {count} numbers; give {turning // 2}, one a pair that turns")
+
     def to_config(self) -> dict[str, Any]:
         """The `rope_parameters` object that `from_config` reads back."""
         kept = ("rope_type", "theta", *NEEDED[self.rope_type], *OPTIONAL[self.rope_type])
@@ -168,8 +178,6 @@ def _yarn(rope: Rope, head_dim: int, length: int, max_length: int) -> tuple[np.n
 def _longrope(rope: Rope, head_dim: int, length: int, max_length: int) -> tuple[np.ndarray, float]:
     """Every pair is slowed by a factor of its own, and by another beyond the original context."""
     divisors = np.asarray(rope.long_factor if length > rope.original_length else rope.short_factor)
-    if divisors.shape != (head_dim // 2,):
-        raise ValueError(f"rope: short_factor or long_factor has {divisors.size} numbers; give {head_dim // 2}")
     factor = rope.factor or max_length / rope.original_length
     scale = rope.attention_factor
     if scale is None:

@@ -56,6 +56,22 @@ CASES = {
             "wide heads": {"head_dim": 16, "rope_parameters": YARN},
         },
     ),
+    "mixtral": (
+        LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "intermediate_size": 48},
+        {
+            "plain": {"rope_parameters": THETA},
+            "window": {"sliding_window": 6, "tie_word_embeddings": True, "num_experts_per_tok": 1, "head_dim": 16},
+        },
+    ),
+    "qwen3_moe": (
+        LLAMA | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+        {
+            "plain": {},
+            "normalized": {"norm_topk_prob": True, "attention_bias": True, "tie_word_embeddings": True},
+            "some layers": {"decoder_sparse_step": 2, "num_hidden_layers": 3},
+            "some MLPs": {"mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 6},
+        },
+    ),
     "qwen2": (
         LLAMA,
         {
@@ -241,9 +257,10 @@ def test_narrow_weights_are_kept_and_computed_with(model_type, variant, dtype, d
     widened = checkpoints.load(path, dtype="float32")[1]
     np.testing.assert_allclose(model.apply(widened, jnp.asarray(tokens)), expected, atol=TOLERANCE)
     logits = np.asarray(model.apply(params, jnp.asarray(tokens)))
-    # No further from the exact logits than PyTorch is in this dtype, but for chance.
-    theirs = np.abs(torch_logits(reference, tokens) - expected).mean()
-    assert np.abs(logits - expected).mean() < 1.5 * theirs
+    # No further from the exact logits than PyTorch is in this dtype, but for chance. The median, since rounding sends
+    # a few tokens to other experts, in both libraries.
+    theirs = np.median(np.abs(torch_logits(reference, tokens) - expected))
+    assert np.median(np.abs(logits - expected)) < 1.5 * theirs
 
 
 def agrees(given, wanted):
