@@ -252,11 +252,7 @@ def test_checkpoint_around_it(packed, arguments, expected):
     "wrap",
     [
         pytest.param(jax.checkpoint, id="checkpoint"),
-        pytest.param(
-            lambda f: f,
-            id="plain",
-            marks=pytest.mark.xfail(strict=True, reason="kernels.xla.matmul keeps its dequantized matrix"),
-        ),
+        pytest.param(lambda f: f, id="plain"),
     ],
 )
 def test_no_dequantized_weight_is_held_for_the_backward_pass(packed, arguments, wrap):
@@ -309,14 +305,12 @@ def test_forward_over_reverse(packed, arguments):
 
 
 def test_export_with_the_weights_as_constants(packed):
-    pytest.importorskip("flatbuffers")
     exported = jax.export.export(jax.jit(lambda tokens: quantized(forward)(packed, tokens)))(tokens_of(3))
     again = jax.export.deserialize(exported.serialize())
     close(again.call(tokens_of(3)), dense_forward(packed, tokens_of(3)))
 
 
 def test_export_with_the_weights_as_an_argument_and_any_batch_size(packed):
-    pytest.importorskip("flatbuffers")
     tokens = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), 7), jnp.int32)
     exported = jax.export.export(jax.jit(quantized(forward)))(jax.eval_shape(lambda: packed), tokens)
     again = jax.export.deserialize(exported.serialize())

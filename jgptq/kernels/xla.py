@@ -1,7 +1,9 @@
 """The product in plain XLA: dequantize once a call, then the library's matrix product. Runs on every platform."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -9,6 +11,7 @@ from jaxtyping import Array, Float
 from jgptq import tensor
 
 
+@functools.partial(jax.checkpoint, static_argnums=2)  # the backward pass dequantizes again rather than hold the weight
 def matmul(
     x: Float[Array, "*batch in"], weight: tensor.QuantizedTensor, result_dtype: Any
 ) -> Float[Array, "*batch out"]:

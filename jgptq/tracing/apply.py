@@ -21,7 +21,7 @@ from jgptq.kernels.matmul import matmul
 from jgptq.tensor import QuantizedTensor, cut, unpack_columns, with_stack_in_layout
 from jgptq.tracing import views
 from jgptq.tracing.graph import as_abstract, is_quantized, is_static
-from jgptq.tracing.jaxprs import called_jaxpr, close, closed, varying_axes
+from jgptq.tracing.jaxprs import called_jaxpr, close, closed, scan_counts, varying_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,8 +320,8 @@ def _scan(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
     """A scan stays a scan: packed constants go in by closure, packed stacks are taken apart step by step."""
     params = equation.params
     body = closed(params["jaxpr"])
-    first, second = params["num_consts"], params["num_consts"] + params["num_carry"]
-    consts, carry, xs = operands[:first], _arrays(operands[first:second]), operands[second:]
+    first, count = scan_counts(equation)
+    consts, carry, xs = operands[:first], _arrays(operands[first : first + count]), operands[first + count :]
     stacks = [_stack(x) if isinstance(x, _Packed) else None for x in xs]
     arrays = [_array(x) if stack is None else stack[0] for x, stack in zip(xs, stacks, strict=True)]
 
@@ -331,7 +331,7 @@ def _scan(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
             for x, stack in zip(slices, stacks, strict=True)
         ]
         results = _arrays(_evaluate(body.jaxpr, body.consts, [*consts, *carry, *elements]))
-        return results[: params["num_carry"]], results[params["num_carry"] :]
+        return results[:count], results[count:]
 
     carry, ys = lax.scan(
         step, carry, arrays, length=params["length"], reverse=params["reverse"], unroll=params["unroll"]

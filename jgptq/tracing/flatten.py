@@ -20,7 +20,7 @@ from jax import lax
 
 from jgptq.tensor import Index, Layout
 from jgptq.tracing import views
-from jgptq.tracing.jaxprs import Atom, called_jaxpr, close, closed, varying_axes
+from jgptq.tracing.jaxprs import Atom, called_jaxpr, close, closed, scan_counts, varying_axes
 from jgptq.tracing.products import Product, read_product
 
 # A scan over weights is unrolled up to this many equations.
@@ -125,7 +125,7 @@ class Flattener:
 
     def _call(self, f: Callable, arguments: Sequence[Atom]) -> Atom:
         """The result of f, traced on these arguments."""
-        traced = jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in arguments))
+        traced = jax.make_jaxpr(f)(*map(_abstract, arguments))
         return self.run(traced.jaxpr, traced.consts, arguments)[0]
 
     def _emit(self, equation: jex.JaxprEqn, arguments: Sequence[Atom]) -> list[jex.Var]:
@@ -279,9 +279,8 @@ class Flattener:
         """A scan over stacked weights, step by step; None if that is too long."""
         params = equation.params
         body, length = closed(params["jaxpr"]), params["length"]
-        consts = arguments[: params["num_consts"]]
-        carry = arguments[params["num_consts"] : params["num_consts"] + params["num_carry"]]
-        xs = arguments[params["num_consts"] + params["num_carry"] :]
+        first, count = scan_counts(equation)
+        consts, carry, xs = arguments[:first], arguments[first : first + count], arguments[first + count :]
         if not any(isinstance(x, Weight) and len(x.aval.shape) > 1 for x in xs):
             return self._scan_on_constants(equation, consts, carry, xs)
         if length * len(body.jaxpr.eqns) > MAX_UNROLLED:
@@ -291,8 +290,8 @@ class Flattener:
         columns: list[list[Atom]] = []
         for step in steps:
             results = self.run(body.jaxpr, body.consts, [*consts, *carry, *(self._element(x, step) for x in xs)])
-            carry = [self._written(value, "a scan's carry") for value in results[: params["num_carry"]]]
-            columns.append([self._written(value, "a scan's result") for value in results[params["num_carry"] :]])
+            carry = [self._written(value, "a scan's carry") for value in results[:count]]
+            columns.append([self._written(value, "a scan's result") for value in results[count:]])
         if params["reverse"]:
             columns.reverse()
         if not columns:
@@ -310,38 +309,37 @@ class Flattener:
         results = inner.run(body.jaxpr, body.consts, [*consts, *variables])
         results = [inner._written(value, "a scan's carry or result") for value in results]
 
-        # What the body reads from outside, parts of leaves among it, goes in as constants.
+        # What the body reads from outside, parts of leaves among it, are its constants.
         defined = {*variables, *(var for e in inner.equations for var in e.outvars)}
-        read = dict.fromkeys(atom for e in inner.equations for atom in e.invars if isinstance(atom, jex.Var))
-        free = [var for var in (*read, *results) if isinstance(var, jex.Var) and var not in defined]
-        free = list(dict.fromkeys(free))
-        seen = [
-            use.activations if any(atom in defined for atom in use.activations if isinstance(atom, jex.Var)) else ()
-            for use in inner.uses
-        ]
+        read = (*(atom for e in inner.equations for atom in e.invars), *results)
+        free = list(dict.fromkeys(var for var in read if isinstance(var, jex.Var) and var not in defined))
+        seen = [use.activations if defined.intersection(use.activations) else () for use in inner.uses]
         extra = list(dict.fromkeys(atom for atoms in seen for atom in atoms))
-        written = [self._written(value, "a scan") for value in (*carry, *xs)]
-        changed = dict(jaxpr=close([*free, *variables], [*results, *extra], inner.equations), num_consts=len(free))
-        if "linear" in params:
-            changed["linear"] = (False,) * (len(free) + len(written))
-        outputs = [jex.Var(var.aval) for var in equation.outvars]
-        stacks = {
-            atom: jex.Var(jax.core.ShapedArray((params["length"], *atom.aval.shape), atom.aval.dtype)) for atom in extra
-        }
-        scan = equation.replace(invars=[*free, *written], outvars=[*outputs, *stacks.values()], params=params | changed)
-        self.equations.append(scan)
-        if any(isinstance(atom, jex.Var) and atom in self._from_inputs for atom in scan.invars):
-            self._from_inputs.update(scan.outvars)
+        step = close([*free, *variables], [*results, *extra], inner.equations)
+
+        def scan(consts, carry, xs):
+            def body(carry, x):
+                results = jex.jaxpr_as_fun(step)(*consts, *carry, *x)
+                return results[: len(carry)], results[len(carry) :]
+
+            carry, ys = lax.scan(body, carry, xs, params["length"], params["reverse"], params["unroll"])
+            return [*carry, *ys]
+
+        carry, xs = ([self._written(value, "a scan") for value in values] for values in (carry, xs))
+        traced = jax.make_jaxpr(scan)(*([_abstract(atom) for atom in atoms] for atoms in (free, carry, xs)))
+        start = len(self.equations)
+        outputs = self.run(traced.jaxpr, traced.consts, [*free, *carry, *xs])
+        first = self.equations[start].outvars[0]
+        stacks = dict(zip(extra, outputs[len(results) :], strict=True))
         for use, atoms in zip(inner.uses, seen, strict=True):
-            use = dataclasses.replace(use, first=scan.outvars[0])
-            if atoms:
-                product = use.product.over_steps()
-                if product is None:
-                    use = Use(use.leaf, use.index, f"{use.kind} in a scan", use.first)
-                else:
-                    use = dataclasses.replace(use, product=product, activations=tuple(stacks[atom] for atom in atoms))
+            use = dataclasses.replace(use, first=first)
+            product = use.product.over_steps() if atoms else None
+            if product is not None:
+                use = dataclasses.replace(use, product=product, activations=tuple(stacks[atom] for atom in atoms))
+            elif atoms:
+                use = Use(use.leaf, use.index, f"{use.kind} in a scan", first)
             self.uses.append(use)
-        return outputs
+        return outputs[: len(results)]
 
     def _element(self, x: Any, step: int) -> Any:
         """x[step] along the leading axis; the step is a value, so that the equations of all steps read alike."""
@@ -360,6 +358,10 @@ class Flattener:
 
     def _stack(self, values: Sequence[Atom]) -> Atom:
         return self._call(lambda *values: jnp.stack(values), values)
+
+
+def _abstract(atom: Atom) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype, weak_type=getattr(atom.aval, "weak_type", False))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -39,6 +39,15 @@ def close(inputs: list[jex.Var], outputs: list[Atom], equations: list[jex.JaxprE
     return jex.ClosedJaxpr(jex.Jaxpr((), inputs, outputs, equations, debug_info=names), ())
 
 
+def scan_counts(equation: jex.JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried; the rest it goes over."""
+    params = equation.params
+    if "ft_in" in params:  # from JAX 0.11 on
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
+
+
 def varying_axes(shape: tuple[int, ...], result: tuple[int, ...], maker: jex.JaxprEqn | None) -> tuple[int, ...] | None:
     """The axes of a result along which a factor of this shape, made by this equation, varies; None if along all."""
     if shape != result:
