@@ -41,6 +41,8 @@ class Gemma2Config(llama.DecoderConfig):
         if self.layer_types is None:
             object.__setattr__(self, "layer_types", alternating(self.num_hidden_layers, self.window_pattern))
         check_layer_types(self.layer_types, self.num_hidden_layers)
+        if self.query_pre_attn_scalar <= 0:
+            raise ValueError(f"query_pre_attn_scalar={self.query_pre_attn_scalar}; give a positive number")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Config:

@@ -48,6 +48,27 @@ LAYER_TYPES = ["sliding_attention", "full_attention"]
 
 # model_type -> what all its variants share, and the variants, the first of which stands for the model.
 CASES = {
+    "llama": (
+        LLAMA,
+        {
+            "grouped": {},
+            "one kv head": {"num_key_value_heads": 1},
+            "no grouping": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+            "biases": {"attention_bias": True, "mlp_bias": True},
+            "wide heads": {"head_dim": 16, "hidden_act": "gelu"},
+            "tanh gelu": {"hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-3},
+            "theta": {"rope_parameters": THETA},
+            "linear": {"rope_parameters": THETA | {"rope_type": "linear", "factor": 2.5}},
+            "dynamic": {"rope_parameters": THETA | {"rope_type": "dynamic", "factor": 2.0}},
+            "beyond": {"rope_parameters": THETA | {"rope_type": "dynamic", "factor": 2.0}}
+            | {"max_position_embeddings": 12},
+            "llama3": {"rope_parameters": LLAMA3},
+            "yarn": {"rope_parameters": YARN},
+            "yarn options": {"rope_parameters": YARN | {"beta_fast": 8, "beta_slow": 2, "mscale": 1.0}},
+            "yarn, not truncated": {"rope_parameters": YARN | {"truncate": False}},
+            "yarn scale": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.5}},
+        },
+    ),
     "mistral": (
         LLAMA,
         {
@@ -161,7 +182,7 @@ CASES = {
         {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
         {
             "tied": {},
-            "untied": {"tie_word_embeddings": False, "n_head": 6, "hidden_size": 48},
+            "untied": {"tie_word_embeddings": False, "n_head": 12, "hidden_size": 48},
             "post": {"apply_residual_connection_post_layernorm": True},
         },
     ),
@@ -172,7 +193,7 @@ CASES = {
             "new": {"new_decoder_architecture": True, "num_kv_heads": 2, "rope_parameters": THETA},
             "new, one norm": {"new_decoder_architecture": True, "num_kv_heads": 1, "num_ln_in_parallel_attn": 1},
             "sequential": {"parallel_attn": False, "multi_query": False, "bias": True},
-            "alibi": {"alibi": True, "multi_query": False, "parallel_attn": False, "num_attention_heads": 6}
+            "alibi": {"alibi": True, "multi_query": False, "parallel_attn": False, "num_attention_heads": 12}
             | {"hidden_size": 48},
             "untied": {"tie_word_embeddings": False, "ffn_hidden_size": 40, "activation": "relu"},
         },

@@ -70,6 +70,7 @@ def test_every_missing_size_is_named(model_type):
     [
         ("qwen2", QWEN | {"layer_types": ["full_attention"]}, "layer_types=.*; give 4, one a layer, each one of"),
         ("gemma2", QWEN | {"layer_types": ["chunked_attention"] * 4}, "each one of .*'sliding_attention'"),
+        ("gemma3_text", QWEN | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0; give a positive number"),
         ("gemma", QWEN | {"use_bidirectional_attention": True}, "no token may see a later one"),
         ("mixtral", QWEN | {"num_experts_per_tok": 9}, "num_experts_per_tok=9; give at most the number of experts, 8"),
         ("mistral", QWEN | {"sliding_window": 0}, "sliding_window=0; give a positive integer"),
