@@ -165,12 +165,11 @@ def _plan(
     keys: Sequence[Any],
     shape: tuple[int, ...],
 ) -> _Plan:
-    name, transposed = model.architecture.tensor_name(tuple(key.key for key in keys))
-    prefix = model.architecture.prefix
-    if not any(stored.startswith(prefix) for stored in checkpoint.tensors):
-        name = name.removeprefix(prefix)
-    stacked = "*" in name
-    names = [name.replace("*", str(number)) for number in range(shape[0])] if stacked else [name]
+    path, architecture = tuple(key.key for key in keys), model.architecture
+    name, transposed = architecture.tensor_name(path)
+    names, stacked = architecture.stored_names(path, shape), "*" in name
+    if not any(stored.startswith(architecture.prefix) for stored in checkpoint.tensors):
+        names = tuple(name.removeprefix(architecture.prefix) for name in names)
     shape = shape[1:] if stacked else shape
     modules = [name.rpartition(".")[0] for name in names]
     packed = packing is not None and keys[-1].key == "kernel" and f"{modules[0]}.{packing.marker}" in checkpoint.tensors

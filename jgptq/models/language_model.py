@@ -46,6 +46,11 @@ class Architecture:
     prefix: str = "model."
     unused: tuple[str, ...] = ()
 
+    def stored_names(self, path: ParameterPath, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The checkpoint's names of the tensors that make up a parameter: one, or one for each index of a stack."""
+        name, _ = self.tensor_name(path)
+        return tuple(name.replace("*", str(index)) for index in range(shape[0])) if "*" in name else (name,)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModel:
