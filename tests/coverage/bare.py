@@ -30,7 +30,7 @@ class Bare:
 SQUARE = {"w": (WIDTH, WIDTH)}
 WIDE = {"w": (WIDTH, HIDDEN)}
 STACK = {"up": (LAYERS, WIDTH, HIDDEN), "down": (LAYERS, HIDDEN, WIDTH)}
-LORA = {"w": (WIDTH, WIDTH), "a": (WIDTH, 4), "b": (4, WIDTH)}
+LORA = {"w": (WIDTH, WIDTH), "lora_a": (WIDTH, 16), "lora_b": (16, WIDTH)}
 MIXTURE = {
     "router": (WIDTH, EXPERTS),
     "up": (EXPERTS, WIDTH, HIDDEN),
@@ -45,6 +45,16 @@ MESH = Mesh(np.array(jax.devices()[:1]), ("model",))
 
 def sharded(p, x):
     return x @ lax.with_sharding_constraint(p["w"], NamedSharding(MESH, PartitionSpec(None, "model")))
+
+
+def mapped_shards(p, x):
+    product = jax.shard_map(
+        lambda x, w: x @ w,
+        mesh=MESH,
+        in_specs=(PartitionSpec(), PartitionSpec(None, "model")),
+        out_specs=PartitionSpec(None, None, "model"),
+    )
+    return product(x, p["w"])
 
 
 def twice(p, x):
@@ -168,6 +178,11 @@ def recurrent(p, x):
     return lax.scan(cell, jnp.zeros_like(x[:, 0]), x.swapaxes(0, 1))[1]
 
 
+def layers_of_cells(p, x):
+    """Layers in a scan, each a recurrence in a scan over time."""
+    return lax.scan(lambda x, w: (x + recurrent(w, x).swapaxes(0, 1), None), x, p)[0]
+
+
 def branch(p, x):
     return lax.cond(jnp.sum(x) > 0, lambda x: x @ p["w"], lambda x: x, x)
 
@@ -221,6 +236,18 @@ def mapped(p, x):
     return jnp.sum(jax.vmap(lambda up, down, x: jax.nn.relu(x @ up) @ down)(p["up"], p["down"], inputs), axis=0)
 
 
+def mapped_in_turn(p, x):
+    chosen = routes(p, x)
+    inputs = jnp.einsum("bte,btd->ebtd", chosen, x)
+    return jnp.sum(lax.map(lambda e: jax.nn.relu(e[2] @ e[0]) @ e[1], (p["up"], p["down"], inputs)), axis=0)
+
+
+def gathered(p, x):
+    """Each token takes its own expert's matrix."""
+    expert = jnp.argmax(x @ p["router"], axis=-1)
+    return jnp.einsum("btf,btfd->btd", jax.nn.relu(jnp.einsum("btd,btdf->btf", x, p["up"][expert])), p["down"][expert])
+
+
 def all_experts(p, x):
     """Every expert on every token, weighted by the router."""
     gates = jax.nn.softmax(x @ p["router"])
@@ -264,86 +291,120 @@ CONVOLUTIONS = {
     "2-D, depthwise": Convolution((3, 3, 1, CHANNELS), (1, 1), (1, 1), groups=CHANNELS),
 }
 
-BARE = {
-    "x @ w": Bare(f=lambda p, x: x @ p["w"], shapes=WIDE),
-    "x @ w.T": Bare(f=lambda p, x: x @ p["w"].T, shapes={"w": (HIDDEN, WIDTH)}),
-    "jnp.dot": Bare(f=lambda p, x: jnp.dot(x, p["w"]), shapes=WIDE),
-    "lax.dot_general": Bare(f=lambda p, x: lax.dot_general(x, p["w"], (((2,), (0,)), ((), ()))), shapes=WIDE),
-    "einsum, weight first": Bare(f=lambda p, x: jnp.einsum("of,btf->bto", p["w"], x), shapes={"w": (HIDDEN, WIDTH)}),
-    "einsum over two axes": Bare(
-        f=lambda p, x: jnp.einsum("bthk,hkd->btd", x.reshape(*x.shape[:2], HEADS, -1), p["w"]),
-        shapes={"w": (HEADS, WIDTH // HEADS, WIDTH)},
-    ),
-    "inner jit": Bare(f=lambda p, x: jitted(x, p["w"]), shapes=WIDE),
-    "remat": Bare(f=lambda p, x: jax.checkpoint(block)(p, x), shapes={"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}),
-    "vmap over inputs": Bare(f=lambda p, x: jax.vmap(lambda row: row @ p["w"])(x), shapes=WIDE),
-    "scaled by a number": Bare(f=lambda p, x: x @ (0.5 * p["w"]), shapes=WIDE),
-    "scaled along its outputs": Bare(
-        f=lambda p, x: x @ (p["w"] * p["gain"][None]), shapes=WIDE | {"gain": (HIDDEN,)}, left={"gain": "mul"}
-    ),
-    "cast to bfloat16": Bare(
-        f=lambda p, x: (x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).astype(jnp.float32), shapes=WIDE
-    ),
-    "sharding constraint": Bare(f=sharded, shapes=WIDE),
-    "used twice": Bare(f=twice, shapes=SQUARE),
-    "block repeated three times": Bare(f=repeated, shapes={"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}),
-    "used plain and transposed": Bare(
-        f=lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, shapes=SQUARE, left={"w": "used"}
-    ),
-    "LoRA sum": Bare(
-        f=lambda p, x: x @ (p["w"] + p["a"] @ p["b"]),
-        shapes=LORA,
-        left={"a": "product of two weights", "b": "product of two weights"},
-    ),
-    "LoRA beside": Bare(f=lambda p, x: x @ p["w"] + (x @ p["a"]) @ p["b"], shapes=LORA),
-    "tied embeddings": Bare(
-        f=lambda p, ids: jnp.tanh(p["embedding"][ids] @ p["w"]) @ p["embedding"].T,
-        shapes={"embedding": (60, WIDTH)} | SQUARE,
-        left={"embedding": "gather"},
-        inputs="tokens",
-    ),
-    "fused qkv, sliced": Bare(f=sliced, shapes={"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH)}),
-    "fused qkv, uneven slices": Bare(f=grouped_query, shapes={"qkv": (WIDTH, 2 * WIDTH), "out": (WIDTH, WIDTH)}),
-    "fused qkv, jnp.split": Bare(f=split, shapes={"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH)}),
-    "fused qkv, (3, d, h, k) by index": Bare(
-        f=indexed, shapes={"qkv": (3, WIDTH, HEADS, WIDTH // HEADS), "out": (WIDTH, WIDTH)}
-    ),
-    "sliced along its inputs": Bare(f=lambda p, x: x[..., :16] @ p["w"][:16] + x[..., 16:] @ p["w"][16:], shapes=WIDE),
-    "stack, Python loop by index": Bare(f=unrolled, shapes=STACK),
-    "scan over layers": Bare(f=scanned, shapes=STACK, scans=1),
-    "scan, remat inside": Bare(f=scanned_remat, shapes=STACK, scans=1),
-    "scan, reverse": Bare(f=scanned_reverse, shapes=STACK, scans=1),
-    "scan, outputs collected": Bare(f=scanned_outputs, shapes=STACK, scans=1),
-    "scan in a scan": Bare(
-        f=scanned_in_scan, shapes={"up": (2, 2, WIDTH, HIDDEN), "down": (2, 2, HIDDEN, WIDTH)}, scans=2
-    ),
-    "scan, (out, in) layers": Bare(
-        f=scanned_transposed, shapes={"up": (LAYERS, HIDDEN, WIDTH), "down": (LAYERS, WIDTH, HIDDEN)}, scans=1
-    ),
-    "scan, layers on axis 1": Bare(
-        f=scanned_moved_axis, shapes={"up": (WIDTH, LAYERS, HIDDEN), "down": (HIDDEN, LAYERS, WIDTH)}, scans=1
-    ),
-    "scan, stack cast to bfloat16": Bare(f=scanned_bfloat16, shapes=STACK, scans=1),
-    "scan, one weight for all steps": Bare(
-        f=scanned_same_weight, shapes={"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}, scans=1
-    ),
-    "scan of MoE layers": Bare(
-        f=scanned_mixture, shapes={name: (2, *shape) for name, shape in MIXTURE.items()}, scans=1
-    ),
-    "fori_loop, stack by index": Bare(f=loop_by_index, shapes=STACK, left=dict.fromkeys(STACK, "dynamic_slice")),
-    "recurrent cell over time": Bare(f=recurrent, shapes={"w": (WIDTH, WIDTH), "u": (WIDTH, WIDTH)}, scans=1),
-    "cond": Bare(f=branch, shapes=SQUARE, left={"w": "cond"}),
-    "while_loop": Bare(f=while_loop, shapes=SQUARE, left={"w": "while"}),
-    "experts, ebtd,edf": Bare(f=dispatched, shapes=MIXTURE),
-    "experts, btd,edf": Bare(f=all_experts, shapes=MIXTURE),
-    "experts, one-hot dispatch": Bare(f=with_capacity, shapes=MIXTURE),
-    "experts, ragged_dot": Bare(f=ragged, shapes=MIXTURE),
-    "experts, vmap": Bare(f=mapped, shapes=MIXTURE),
-} | {
-    f"convolution, {name}": Bare(
-        f=convolution.apply,
-        shapes={"w": convolution.kernel},
-        inputs="images" if len(convolution.strides) == 2 else "features",
-    )
-    for name, convolution in CONVOLUTIONS.items()
-}
+BARE = (
+    {
+        "x @ w": Bare(f=lambda p, x: x @ p["w"], shapes=WIDE),
+        "x @ w.T": Bare(f=lambda p, x: x @ p["w"].T, shapes={"w": (HIDDEN, WIDTH)}),
+        "jnp.dot": Bare(f=lambda p, x: jnp.dot(x, p["w"]), shapes=WIDE),
+        "lax.dot_general": Bare(f=lambda p, x: lax.dot_general(x, p["w"], (((2,), (0,)), ((), ()))), shapes=WIDE),
+        "einsum, weight first": Bare(
+            f=lambda p, x: jnp.einsum("of,btf->bto", p["w"], x), shapes={"w": (HIDDEN, WIDTH)}
+        ),
+        "einsum over two axes": Bare(
+            f=lambda p, x: jnp.einsum("bthk,hkd->btd", x.reshape(*x.shape[:2], HEADS, -1), p["w"]),
+            shapes={"w": (HEADS, WIDTH // HEADS, WIDTH)},
+        ),
+        "inner jit": Bare(f=lambda p, x: jitted(x, p["w"]), shapes=WIDE),
+        "remat": Bare(
+            f=lambda p, x: jax.checkpoint(block)(p, x), shapes={"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
+        ),
+        "vmap over inputs": Bare(f=lambda p, x: jax.vmap(lambda row: row @ p["w"])(x), shapes=WIDE),
+        "scaled by a number": Bare(f=lambda p, x: x @ (0.5 * p["w"]), shapes=WIDE),
+        "scaled along its outputs": Bare(
+            f=lambda p, x: x @ (p["w"] * p["gain"][None]), shapes=WIDE | {"gain": (HIDDEN,)}, left={"gain": "mul"}
+        ),
+        "scaled along its inputs": Bare(
+            f=lambda p, x: x @ (p["w"] * p["gain"][:, None]),
+            shapes=WIDE | {"gain": (WIDTH,)},
+            left={"w": "scaling along its inputs", "gain": "mul"},
+        ),
+        "normalized before use": Bare(
+            f=lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0, keepdims=True)),
+            shapes=WIDE,
+            left={"w": "also used"},
+        ),
+        "cast to bfloat16": Bare(
+            f=lambda p, x: (x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).astype(jnp.float32), shapes=WIDE
+        ),
+        "sharding constraint": Bare(f=sharded, shapes=WIDE),
+        "in a shard_map": Bare(f=mapped_shards, shapes=WIDE, left={"w": "shard_map"}),
+        "used twice": Bare(f=twice, shapes=SQUARE),
+        "block repeated three times": Bare(f=repeated, shapes={"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}),
+        "used plain and transposed": Bare(
+            f=lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, shapes=SQUARE, left={"w": "used"}
+        ),
+        "LoRA sum": Bare(
+            f=lambda p, x: x @ (p["w"] + p["lora_a"] @ p["lora_b"]),
+            shapes=LORA,
+            left=dict.fromkeys(("lora_a", "lora_b"), "product of two weights"),
+        ),
+        "LoRA beside": Bare(f=lambda p, x: x @ p["w"] + (x @ p["lora_a"]) @ p["lora_b"], shapes=LORA),
+        "tied embeddings": Bare(
+            f=lambda p, ids: jnp.tanh(p["embedding"][ids] @ p["w"]) @ p["embedding"].T,
+            shapes={"embedding": (60, WIDTH)} | SQUARE,
+            left={"embedding": "gather"},
+            inputs="tokens",
+        ),
+        "fused qkv, sliced": Bare(f=sliced, shapes={"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH)}),
+        "fused qkv, uneven slices": Bare(f=grouped_query, shapes={"qkv": (WIDTH, 2 * WIDTH), "out": (WIDTH, WIDTH)}),
+        "fused qkv, jnp.split": Bare(f=split, shapes={"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH)}),
+        "fused qkv, (3, d, h, k) by index": Bare(
+            f=indexed, shapes={"qkv": (3, WIDTH, HEADS, WIDTH // HEADS), "out": (WIDTH, WIDTH)}
+        ),
+        "sliced along its inputs": Bare(
+            f=lambda p, x: x[..., :16] @ p["w"][:16] + x[..., 16:] @ p["w"][16:], shapes=WIDE
+        ),
+        "stack, Python loop by index": Bare(f=unrolled, shapes=STACK),
+        "scan over layers": Bare(f=scanned, shapes=STACK, scans=1),
+        "scan, remat inside": Bare(f=scanned_remat, shapes=STACK, scans=1),
+        "scan in remat": Bare(f=jax.checkpoint(scanned), shapes=STACK, scans=1),
+        "scan, reverse": Bare(f=scanned_reverse, shapes=STACK, scans=1),
+        "scan, outputs collected": Bare(f=scanned_outputs, shapes=STACK, scans=1),
+        "scan in a scan": Bare(
+            f=scanned_in_scan, shapes={"up": (2, 2, WIDTH, HIDDEN), "down": (2, 2, HIDDEN, WIDTH)}, scans=2
+        ),
+        "scan, (out, in) layers": Bare(
+            f=scanned_transposed, shapes={"up": (LAYERS, HIDDEN, WIDTH), "down": (LAYERS, WIDTH, HIDDEN)}, scans=1
+        ),
+        "scan, layers on axis 1": Bare(
+            f=scanned_moved_axis, shapes={"up": (WIDTH, LAYERS, HIDDEN), "down": (HIDDEN, LAYERS, WIDTH)}, scans=1
+        ),
+        "scan, stack cast to bfloat16": Bare(f=scanned_bfloat16, shapes=STACK, scans=1),
+        "scan, one weight for all steps": Bare(
+            f=scanned_same_weight, shapes={"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}, scans=1
+        ),
+        "scan of MoE layers": Bare(
+            f=scanned_mixture, shapes={name: (2, *shape) for name, shape in MIXTURE.items()}, scans=1
+        ),
+        "fori_loop, stack by index": Bare(f=loop_by_index, shapes=STACK, left=dict.fromkeys(STACK, "dynamic_slice")),
+        "recurrent cell over time": Bare(f=recurrent, shapes={"w": (WIDTH, WIDTH), "u": (WIDTH, WIDTH)}, scans=1),
+        "recurrent cells in layers": Bare(
+            f=layers_of_cells, shapes={"w": (LAYERS, WIDTH, WIDTH), "u": (LAYERS, WIDTH, WIDTH)}, scans=2
+        ),
+        "cond": Bare(f=branch, shapes=SQUARE, left={"w": "cond"}),
+        "while_loop": Bare(f=while_loop, shapes=SQUARE, left={"w": "while"}),
+        "experts, ebtd,edf": Bare(f=dispatched, shapes=MIXTURE),
+        "experts, btd,edf": Bare(f=all_experts, shapes=MIXTURE),
+        "experts, one-hot dispatch": Bare(f=with_capacity, shapes=MIXTURE),
+        "experts, ragged_dot": Bare(f=ragged, shapes=MIXTURE),
+        "experts, vmap": Bare(f=mapped, shapes=MIXTURE),
+        "experts, lax.map": Bare(f=mapped_in_turn, shapes=MIXTURE, scans=1),
+        "experts, matrices gathered by token": Bare(
+            f=gathered, shapes=MIXTURE, left={"up": "gather", "down": "gather"}
+        ),
+    }
+    | {
+        f"convolution, {name}": Bare(
+            f=convolution.apply,
+            shapes={"w": convolution.kernel},
+            inputs="images" if len(convolution.strides) == 2 else "features",
+        )
+        for name, convolution in CONVOLUTIONS.items()
+    }
+    | {
+        "convolution, 1-D, transposed": Bare(
+            f=lambda p, x: lax.conv_transpose(x, p["w"], (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")),
+            shapes={"w": (3, WIDTH, WIDTH)},
+        )
+    }
+)

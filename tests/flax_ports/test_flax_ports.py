@@ -19,6 +19,7 @@ if not hasattr(transformers, "FlaxGPT2LMHeadModel"):
         "transformers without Flax classes; make test runs this in its own environment", allow_module_level=True
     )
 
+from coverage_table import HEADINGS, ports_section, sections  # noqa: E402
 from ports import PORTS, as_with_their_jax  # noqa: E402
 
 METHODS = (RTN(), GPTQ(act_order=False, scale_search=False))
@@ -61,3 +62,8 @@ def test_a_flax_port_is_quantized_and_served(name):
 def squared_error(got, exact) -> float:
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)
     return sum(float(np.sum((np.asarray(a) - np.asarray(b)) ** 2)) for a, b in pairs)
+
+
+def test_the_table_of_ports_is_up_to_date():
+    """Run `python tests/coverage_table.py` where this fails."""
+    assert sections()[HEADINGS[1]] == ports_section()
