@@ -1,26 +1,47 @@
 """Text generation with any causal language model: greedy, or sampled with temperature, top-k and top-p.
 
-The whole sequence is read again for every new token. It lies in a buffer of fixed length, so one program serves all
-steps; what stands to the right of a token cannot change a causal model's logits for it.
+The prompts are read once; every new token then goes alone, and looks at those before it through a cache of their keys
+and values. Prompts of unequal length are filled up at their ends. A token's place in the cache is its position, so
+what fills a row up is overwritten by the row's own next tokens before any of them looks there.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-BUCKET = 64  # buffer lengths are multiples of this, so that prompts of similar length share a program
+BUCKET = 64  # prompts and caches have lengths that are multiples of this, so that similar ones share a program
+CHUNK = 32  # tokens between two looks at whether all sequences have ended
+
+
+class _Sampling(NamedTuple):
+    """How tokens are drawn; key None: greedily. All arrays, so that one program serves all settings."""
+
+    key: Array | None
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    stop_token_ids: Array
+
+
+class _State(NamedTuple):
+    """The last token of each sequence, its position, whether the sequence has ended, and the cache of those before."""
+
+    tokens: Int[Array, " batch"]
+    positions: Int[Array, " batch"]
+    ended: Bool[Array, " batch"]
+    cache: Any
 
 
 def generate(
     model: Any,
     params: Any,
-    prompt_ids: Sequence[int] | np.ndarray | Array,
+    prompt_ids: Any,
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -28,34 +49,48 @@ def generate(
     top_p: float | None = None,
     key: Array | None = None,
     stop_token_ids: Sequence[int] = (),
-) -> Int[np.ndarray, " tokens"]:
+    on_token: Callable[[Int[np.ndarray, " batch"]], None] | None = None,
+) -> Any:
     """The prompt and up to `max_new_tokens` after it, int32; it ends early with the first of `stop_token_ids`.
 
+    prompt_ids: one sequence of integers, BOS included if the model wants one; or several of them, of any lengths,
+        which gives a list of as many sequences. What a sequence is does not depend on those beside it.
     temperature: 0 takes the most likely token every time; above 0 logits are divided by it and a token is drawn
         with `key`, a JAX random key, which is then needed.
     top_k: draw from the k most likely tokens only. top_p: draw from the fewest most likely tokens that together
         have at least this probability [Holtzman et al. 2020], after temperature and top_k.
-    prompt_ids: one sequence, BOS included if the model wants one.
+    on_token: called with the new token of each sequence as soon as it is known, -1 where the sequence has ended.
     """
-    prompt = _checked_prompt(model, prompt_ids, max_new_tokens)
+    prompts, single = _checked_prompts(model, prompt_ids, max_new_tokens)
     _check_sampling(temperature, top_k, top_p, key)
     vocab_size, context = model.config.vocab_size, model.config.max_position_embeddings
-    total = len(prompt) + max_new_tokens
-    buffer = np.zeros(min(-(-total // BUCKET) * BUCKET, context), np.int32)
-    buffer[: len(prompt)] = prompt
-    tokens, length = _generate(
-        model,
-        params,
-        jnp.asarray(buffer),
-        jnp.int32(len(prompt)),
-        jnp.int32(total),
-        jnp.asarray(list(stop_token_ids), jnp.int32),
-        None if temperature == 0 else key,
-        jnp.float32(temperature),
-        jnp.int32(vocab_size if top_k is None else min(top_k, vocab_size)),
-        jnp.float32(1.0 if top_p is None else top_p),
+    sampling = _Sampling(
+        key=None if temperature == 0 else key,
+        temperature=jnp.float32(temperature),
+        top_k=jnp.int32(vocab_size if top_k is None else min(top_k, vocab_size)),
+        top_p=jnp.float32(1.0 if top_p is None else top_p),
+        stop_token_ids=jnp.asarray(list(stop_token_ids), jnp.int32),
     )
-    return np.asarray(tokens)[: int(length)]
+    lengths = [len(prompt) for prompt in prompts]
+    filled = np.zeros((len(prompts), _bucket(max(lengths), context)), np.int32)
+    for row, prompt in zip(filled, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    columns: list[np.ndarray] = []
+    if max_new_tokens:
+        capacity = _bucket(max(lengths) + max_new_tokens, context)
+        state = _begin(model, params, jnp.asarray(filled), jnp.asarray(lengths, jnp.int32), sampling, capacity)
+        columns.append(np.asarray(state.tokens))
+        while True:
+            if on_token is not None:
+                on_token(columns[-1])
+            left = max_new_tokens - len(columns)
+            if not left or np.all(state.ended):
+                break
+            # A chunk longer than what is left would make a program of its own; its last tokens are dropped instead.
+            state, new = _continue(model, params, state, sampling, 1 if on_token is not None else CHUNK)
+            columns.extend(np.asarray(new)[:left])
+    results = [_ended(prompt, [int(column[row]) for column in columns]) for row, prompt in enumerate(prompts)]
+    return results[0] if single else results
 
 
 def draw_token(
@@ -75,59 +110,93 @@ def draw_token(
     return ranked_tokens[jax.random.categorical(key, ordered)]
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _generate(
+@functools.partial(jax.jit, static_argnames=("model", "capacity"))
+def _begin(
     model: Any,
     params: Any,
-    buffer: Int[Array, " length"],
-    start: Int[Array, ""],
-    total: Int[Array, ""],
-    stop_token_ids: Int[Array, " stops"],
-    key: Array | None,
-    temperature: Float[Array, ""],
-    top_k: Int[Array, ""],
-    top_p: Float[Array, ""],
-) -> tuple[Int[Array, " length"], Int[Array, ""]]:
-    """Fills `buffer` from position `start`, to `total` or a stop token; returns it with the length reached."""
-
-    def unfinished(state):
-        _, length, stopped = state
-        return (length < total) & ~stopped
-
-    def step(state):
-        tokens, length, _ = state
-        logits = model.apply(params, tokens[None])[0, length - 1]
-        if key is None:
-            token = jnp.argmax(logits)
-        else:
-            token = draw_token(logits, jax.random.fold_in(key, length), temperature, top_k, top_p)
-        token = token.astype(jnp.int32)
-        return tokens.at[length].set(token), length + 1, jnp.any(stop_token_ids == token)
-
-    tokens, length, _ = lax.while_loop(unfinished, step, (buffer, start, jnp.bool_(False)))
-    return tokens, length
+    prompts: Int[Array, "batch seq"],
+    lengths: Int[Array, " batch"],
+    sampling: _Sampling,
+    capacity: int,
+) -> _State:
+    """Reads the prompts and draws a token for each."""
+    logits, cache = model.prefill(params, prompts, lengths, capacity)
+    tokens = _draw(logits, lengths, sampling)
+    return _State(tokens, lengths, jnp.isin(tokens, sampling.stop_token_ids), cache)
 
 
-def _checked_prompt(model: Any, prompt_ids: Any, max_new_tokens: int) -> Int[np.ndarray, " tokens"]:
-    prompt = np.asarray(prompt_ids)
-    if prompt.size == 0:
-        raise ValueError("the prompt is empty; give at least one token, BOS for example")
-    if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
-        raise ValueError(f"prompt_ids are {prompt.dtype}{list(prompt.shape)}; give integers, one sequence at a time")
+@functools.partial(jax.jit, static_argnames=("model", "count"), donate_argnames="state")
+def _continue(
+    model: Any, params: Any, state: _State, sampling: _Sampling, count: int
+) -> tuple[_State, Int[Array, "count batch"]]:
+    """Draws `count` more tokens for each sequence; -1 for those that have ended."""
+
+    def step(state: _State, _) -> tuple[_State, Int[Array, " batch"]]:
+        def live(state: _State) -> tuple[_State, Int[Array, " batch"]]:
+            # The last places of a chunk may lie beyond the cache; what is drawn there is dropped.
+            capacity = state.cache[0][0].shape[1]
+            places = jnp.minimum(state.positions, capacity - 1)
+            logits, cache = model.step(params, state.tokens, places, state.cache)
+            tokens = jnp.where(state.ended, state.tokens, _draw(logits, state.positions + 1, sampling))
+            ended = state.ended | jnp.isin(tokens, sampling.stop_token_ids)
+            return _State(tokens, state.positions + 1, ended, cache), jnp.where(state.ended, -1, tokens)
+
+        def over(state: _State) -> tuple[_State, Int[Array, " batch"]]:
+            return state, jnp.full_like(state.tokens, -1)
+
+        return lax.cond(jnp.all(state.ended), over, live, state)
+
+    return lax.scan(step, state, length=count)
+
+
+def _draw(
+    logits: Float[Array, "batch vocab"], positions: Int[Array, " batch"], sampling: _Sampling
+) -> Int[Array, " batch"]:
+    """The token at `positions` of each sequence."""
+    if sampling.key is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    rows = jax.vmap(functools.partial(jax.random.fold_in, sampling.key))(jnp.arange(len(positions)))
+    keys = jax.vmap(jax.random.fold_in)(rows, positions)
+    draw = functools.partial(draw_token, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    return jax.vmap(draw)(logits, keys).astype(jnp.int32)
+
+
+def _bucket(length: int, context: int) -> int:
+    return min(-(-length // BUCKET) * BUCKET, context)
+
+
+def _ended(prompt: Int[np.ndarray, " prompt"], new: Sequence[int]) -> Int[np.ndarray, " tokens"]:
+    new = list(new[: new.index(-1)] if -1 in new else new)
+    return np.concatenate([prompt, np.asarray(new, np.int32)])
+
+
+def _checked_prompts(model: Any, prompt_ids: Any, max_new_tokens: int) -> tuple[list[np.ndarray], bool]:
+    """The prompts, and whether one was given rather than a list of them."""
+    single = np.ndim(prompt_ids[0]) == 0 if len(prompt_ids) else True
+    prompts = [np.asarray(prompt) for prompt in ([prompt_ids] if single else prompt_ids)]
     vocab_size, context = model.config.vocab_size, model.config.max_position_embeddings
-    if prompt.min() < 0 or prompt.max() >= vocab_size:
-        raise ValueError(
-            f"prompt_ids lie in {prompt.min()} .. {prompt.max()}, but the model's vocabulary is 0 .. {vocab_size - 1}; "
-            f"encode the prompt with this model's own tokenizer"
-        )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}; give 0 or more")
-    if len(prompt) + max_new_tokens > context:
-        raise ValueError(
-            f"{len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the model's context of {context}; "
-            f"shorten the prompt or ask for at most {max(context - len(prompt), 0)} new tokens"
-        )
-    return prompt.astype(np.int32)
+    for number, prompt in enumerate(prompts):
+        name = "the prompt" if single else f"prompt {number}"
+        if prompt.size == 0:
+            raise ValueError(f"{name} is empty; give at least one token, BOS for example")
+        if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
+            raise ValueError(
+                f"{name} is {prompt.dtype}{list(prompt.shape)}; give prompt_ids as one sequence of integers, "
+                "or a list of such sequences"
+            )
+        if prompt.min() < 0 or prompt.max() >= vocab_size:
+            raise ValueError(
+                f"{name} has ids in {prompt.min()} .. {prompt.max()}, but the model's vocabulary is "
+                f"0 .. {vocab_size - 1}; encode it with this model's own tokenizer"
+            )
+        if len(prompt) + max_new_tokens > context:
+            raise ValueError(
+                f"{len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the model's context of {context}; "
+                f"shorten {name} or ask for at most {max(context - len(prompt), 0)} new tokens"
+            )
+    return [prompt.astype(np.int32) for prompt in prompts], single
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None, key: Array | None) -> None:

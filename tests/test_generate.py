@@ -10,7 +10,7 @@ import pytest
 
 from jgptq.generate import draw_token, generate
 
-STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "stories260K"
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCAB, CONTEXT = 7, 160
 
 
@@ -21,9 +21,14 @@ class Bigram:
         self.config = SimpleNamespace(vocab_size=VOCAB, max_position_embeddings=CONTEXT)
         self.traces = 0
 
-    def apply(self, params, tokens):
+    def prefill(self, params, tokens, lengths, capacity):
         self.traces += 1
-        return params[tokens]
+        empty = jnp.zeros((len(tokens), capacity, 1, 1))
+        return params[jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]], ((empty, empty),)
+
+    def step(self, params, tokens, positions, cache):
+        self.traces += 1
+        return params[tokens], cache
 
 
 @pytest.fixture
@@ -38,28 +43,57 @@ def test_greedy_follows_the_most_likely_token(table):
     assert generate(Bigram(), table, [2, 5], max_new_tokens=20).tolist() == expected
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="the small real models are not here")
-def test_greedy_equals_pytorch_on_a_real_model():
+@pytest.mark.skipif(not DATA.is_dir(), reason="the small real models are not here")
+@pytest.mark.parametrize("name", ["stories260K", "anton-charstories-gpt2", "tinystories-656k-as-qwen2"])
+def test_greedy_equals_pytorch_on_real_models(name):
+    """Prompts of unequal length together here, one by one there."""
     import torch
     import transformers
 
     from jgptq.checkpoints import load
 
-    prompt = [1, *np.random.default_rng(0).integers(3, 512, 6).tolist()]
-    with torch.no_grad():
-        torch_model = transformers.LlamaForCausalLM.from_pretrained(STORIES)
-        expected = torch_model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, 7), max_new_tokens=90, do_sample=False, eos_token_id=2
-        )
-    model, params = load(STORIES)
-    assert generate(model, params, prompt, max_new_tokens=90, stop_token_ids=[2]).tolist() == expected[0].tolist()
+    torch_model = transformers.AutoModelForCausalLM.from_pretrained(DATA / name, dtype=torch.float32)
+    model, params = load(DATA / name, dtype=jnp.float32)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, model.config.vocab_size, length).tolist() for length in (7, 3, 12)]
+    together = generate(model, params, prompts, max_new_tokens=20)
+    for prompt, sequence in zip(prompts, together, strict=True):
+        with torch.no_grad():
+            expected = torch_model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt)),
+                max_new_tokens=20,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        assert sequence.tolist() == expected[0].tolist()
 
 
 def test_one_program_serves_prompts_of_similar_length(table):
     model = Bigram()
     for length in (3, 10, 20):
         generate(model, table, [1] * length, max_new_tokens=12)
-    assert model.traces == 1
+    assert model.traces == 2  # one for prompts, one for tokens
+
+
+def test_sequences_of_any_lengths_go_together(table):
+    prompts = [[3], [1, 2, 5, 4], [6, 6]]
+    together = generate(Bigram(), table, prompts, max_new_tokens=40)
+    for prompt, sequence in zip(prompts, together, strict=True):
+        assert sequence.tolist() == generate(Bigram(), table, prompt, max_new_tokens=40).tolist()
+    cycle = jnp.eye(VOCAB)[(jnp.arange(VOCAB) + 1) % VOCAB]
+    ended = generate(Bigram(), cycle, [[0], [5]], max_new_tokens=5, stop_token_ids=[1])
+    assert [sequence.tolist() for sequence in ended] == [[0, 1], [5, 6, 0, 1]]
+
+
+def test_tokens_are_told_as_they_come(table):
+    seen = []
+    cycle = jnp.eye(VOCAB)[(jnp.arange(VOCAB) + 1) % VOCAB]
+    generate(
+        Bigram(), cycle, [[0], [5]], max_new_tokens=5, stop_token_ids=[1], on_token=lambda t: seen.append(t.tolist())
+    )
+    assert seen == [[1, 6], [-1, 0], [-1, 1]]
 
 
 def test_generation_ends_with_the_first_stop_token():
@@ -114,10 +148,11 @@ def test_draws_have_the_frequencies_of_the_truncated_distribution(table, tempera
     ("prompt", "options", "message"),
     [
         ([], {}, "the prompt is empty"),
-        (np.ones((1, 2), int), {}, "one sequence at a time"),
-        (np.ones(3), {}, "give integers"),
-        ([1, VOCAB], {}, "prompt_ids lie in 1 .. 7, but the model's vocabulary is 0 .. 6"),
-        ([-1], {}, "prompt_ids lie in -1"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        (np.ones((1, 2, 1), int), {}, "one sequence of integers, or a list of such"),
+        (np.ones(3), {}, "give prompt_ids as one sequence of integers"),
+        ([1, VOCAB], {}, "the prompt has ids in 1 .. 7, but the model's vocabulary is 0 .. 6"),
+        ([[1], [-1]], {}, "prompt 1 has ids in -1"),
         ([1] * 100, {"max_new_tokens": 61}, "exceed the model's context of 160; .* at most 60 new tokens"),
         ([1], {"max_new_tokens": -1}, "max_new_tokens=-1"),
         ([1], {"temperature": -1.0}, "temperature=-1.0; give 0 for greedy"),

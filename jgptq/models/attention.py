@@ -1,12 +1,14 @@
 """Attention, and the positions it depends on. Every model's attention is this one."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jgptq.models import rotary
@@ -40,38 +42,79 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+# The keys and values of every layer, each (batch, capacity, kv_heads, head_dim), in the order the layers run.
+Cache = tuple[tuple[Array, Array], ...]
+
+
 class Positions:
     """Where the tokens of one pass through a model stand; what follows from it is made once and shared by the layers.
 
-    queries: positions of the tokens given. keys: positions of all the tokens that those may look at.
-    length: of the whole sequence, known while tracing.
+    queries: positions of the tokens given, a row for each sequence of the batch, or one for all.
+    keys: positions of all the tokens that those may look at. length: of the whole sequence, known while tracing.
+    capacity: the length of the cache to be made of this pass; None: there is none. cache: that of the tokens before.
+    A token's place in the cache is its position. What lies at later places is never looked at.
     """
 
-    def __init__(self, queries: Int[Array, " query"], keys: Int[Array, " key"], length: int):
+    def __init__(
+        self,
+        queries: Int[Array, "rows query"],
+        keys: Int[Array, " key"],
+        length: int,
+        *,
+        capacity: int | None = None,
+        cache: Cache | None = None,
+    ):
         self.queries, self.keys, self.length = queries, keys, length
+        self._capacity, self._old = capacity, cache
+        self._new: list[tuple[Array, Array]] = []
         self._made = {}
 
     @classmethod
-    def of_sequence(cls, length: int) -> "Positions":
-        """A sequence from its beginning."""
+    def of_sequence(cls, length: int, capacity: int | None = None) -> "Positions":
+        """Sequences from their beginning."""
         positions = jnp.arange(length)
-        return cls(positions, positions, length)
+        return cls(positions[None], positions, capacity or length, capacity=capacity)
 
-    def mask(self, window: int | None) -> Bool[Array, "query key"]:
+    @classmethod
+    def of_tokens(cls, positions: Int[Array, " batch"], cache: Cache) -> "Positions":
+        """One token of each sequence, at a position of its own."""
+        capacity = cache[0][0].shape[1]
+        return cls(positions[:, None], jnp.arange(capacity), capacity, cache=cache)
+
+    @property
+    def cache(self) -> Cache:
+        """With the keys and values of this pass; complete when all layers have run."""
+        return tuple(self._new)
+
+    def remember(
+        self, keys: Float[Array, "batch query kv_heads head_dim"], values: Float[Array, "batch query kv_heads head_dim"]
+    ) -> tuple[Float[Array, "batch key kv_heads head_dim"], Float[Array, "batch key kv_heads head_dim"]]:
+        """The next layer's keys and values of all tokens, given those of this pass."""
+        if self._old is None:
+            if self._capacity is not None:
+                rest = self._capacity - keys.shape[1]
+                self._new.append(tuple(jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))) for x in (keys, values)))
+            return keys, values
+        put = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=0))
+        old = self._old[len(self._new)]
+        self._new.append(tuple(put(o, n, self.queries[:, 0]) for o, n in zip(old, (keys, values), strict=True)))
+        return self._new[-1]
+
+    def mask(self, window: int | None) -> Bool[Array, "rows query key"]:
         """True where the query sees the key: itself and what came before, at most `window` tokens in all."""
         return self._once(("mask", window), lambda: self._mask(window))
 
     def rotation(
         self, rope: rotary.Rope, head_dim: int, max_length: int
-    ) -> tuple[Float[Array, "query half"], Float[Array, "query half"]]:
+    ) -> tuple[Float[Array, "rows query half"], Float[Array, "rows query half"]]:
         """cos and sin by which the heads of these tokens turn."""
         return self._once(
             (rope, head_dim, max_length),
             lambda: rotary.rotation(rope, self.queries, head_dim=head_dim, length=self.length, max_length=max_length),
         )
 
-    def _mask(self, window: int | None) -> Bool[Array, "query key"]:
-        distance = self.queries[:, None] - self.keys[None, :]
+    def _mask(self, window: int | None) -> Bool[Array, "rows query key"]:
+        distance = self.queries[:, :, None] - self.keys[None, None, :]
         return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
     def _once(self, name: tuple, make: Callable):
@@ -132,7 +175,7 @@ class Attention(nnx.Module):
         if self.rope is not None:
             rotation = positions.rotation(self.rope, self.head_dim, self.max_length)
             queries, keys = rotary.rotate(queries, *rotation), rotary.rotate(keys, *rotation)
-        mixed = self._mix(queries, keys, values, positions)
+        mixed = self._mix(queries, *positions.remember(keys, values), positions)
         return getattr(self, self.names[-1])(mixed)
 
     def _project(
@@ -172,7 +215,7 @@ class Attention(nnx.Module):
             scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
         if self.alibi is not None:
             scores = scores + self.alibi.bias(positions.keys).reshape(1, self.kv_heads, group, 1, -1)
-        scores = jnp.where(positions.mask(self.window)[None, None, None], scores, -jnp.inf)
+        scores = jnp.where(positions.mask(self.window)[:, None, None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
         mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, values, precision=precision(dtype))
         return mixed.reshape(batch, count, self.heads * self.head_dim)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
-from jgptq.models.attention import Positions
+from jgptq.models.attention import Cache, Positions
 
 
 class CausalLM(nnx.Module):
@@ -26,8 +26,31 @@ class CausalLM(nnx.Module):
     def __call__(self, tokens: Integer[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
         """Logits, float32."""
         positions = Positions.of_sequence(tokens.shape[1])
+        return self.head(self._features(tokens, positions)).astype(jnp.float32)
+
+    def prefill(
+        self, tokens: Integer[Array, "batch seq"], lengths: Integer[Array, " batch"], capacity: int
+    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """Logits after the first `lengths` tokens of each row, what follows being padding, and a cache of them."""
+        positions = Positions.of_sequence(tokens.shape[1], capacity)
+        x = self._features(tokens, positions)
+        last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
+        return self.head(last)[:, 0].astype(jnp.float32), positions.cache
+
+    def step(
+        self, tokens: Integer[Array, " batch"], places: Integer[Array, " batch"], cache: Cache
+    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """Logits after one more token of each row, at its own position, and the cache with it."""
+        positions = Positions.of_tokens(places, cache)
+        x = self._features(tokens[:, None], positions)
+        return self.head(x)[:, 0].astype(jnp.float32), positions.cache
+
+    def _features(
+        self, tokens: Integer[Array, "batch seq"], positions: Positions
+    ) -> Float[Array, "batch seq features"]:
+        """What leaves the last layer."""
         x = self.embed(tokens, positions)
         # Layers of one kind differ in nothing but their weights, so their traces have equal text and share a program.
         for layer in self.decoder_layers():
             x = layer(x, positions)
-        return self.head(x).astype(jnp.float32)
+        return x

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
@@ -85,8 +84,7 @@ class GPT2(CausalLM):
 
     def embed(self, tokens: Integer[Array, "batch seq"], positions: Positions) -> Float[Array, "batch seq features"]:
         """A position beyond those learned gives NaN."""
-        places = self.transformer.wpe(positions.queries)
-        return self.transformer.wte(tokens) + jnp.expand_dims(places, 0)
+        return self.transformer.wte(tokens) + self.transformer.wpe(positions.queries)
 
     def decoder_layers(self) -> Sequence[nnx.Module]:
         return self.transformer.h

@@ -75,6 +75,25 @@ class LanguageModel:
             )
         return nnx.merge(self._graph_and_shapes[0], params)(jnp.asarray(tokens))
 
+    def prefill(
+        self,
+        params: Mapping,
+        tokens: Integer[Array, "batch seq"],
+        lengths: Integer[Array, " batch"],
+        capacity: int,
+    ) -> tuple[Float[Array, "batch vocab"], Any]:
+        """Logits of the token after each prompt, and a cache with room for `capacity` tokens.
+
+        tokens: prompts, filled up at their ends with anything. lengths: of the prompts.
+        """
+        return nnx.merge(self._graph_and_shapes[0], params).prefill(tokens, lengths, capacity)
+
+    def step(
+        self, params: Mapping, tokens: Integer[Array, " batch"], positions: Integer[Array, " batch"], cache: Any
+    ) -> tuple[Float[Array, "batch vocab"], Any]:
+        """Logits of the token after one more token of each sequence, which stands at `positions`; and the new cache."""
+        return nnx.merge(self._graph_and_shapes[0], params).step(tokens, positions, cache)
+
     def init(self, key: Array) -> dict:
         """Random float32 parameters: normal with the config's initializer_range, norms the identity, biases 0."""
         # Not jitted: equal shapes share their small programs, where one for all layers would compile for minutes.

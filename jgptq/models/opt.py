@@ -5,7 +5,6 @@ import functools
 from collections.abc import Sequence
 from typing import ClassVar
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
@@ -116,7 +115,7 @@ class OPT(CausalLM):
         decoder = self.model.decoder
         x = decoder.embed_tokens(tokens)
         x = x if decoder.project_in is None else decoder.project_in(x)
-        return x + jnp.expand_dims(decoder.embed_positions(positions.queries + FIRST_POSITION), 0)
+        return x + decoder.embed_positions(positions.queries + FIRST_POSITION)
 
     def decoder_layers(self) -> Sequence[nnx.Module]:
         return self.model.decoder.layers

@@ -109,25 +109,26 @@ class Rope:
 
 
 def rotation(
-    rope: Rope, positions: Integer[Array, " tokens"], *, head_dim: int, length: int, max_length: int
-) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]:
+    rope: Rope, positions: Integer[Array, "*tokens"], *, head_dim: int, length: int, max_length: int
+) -> tuple[Float[Array, "*tokens half"], Float[Array, "*tokens half"]]:
     """cos and sin of every position's angles, float32, for the part of a head that turns.
 
     length: of the whole sequence, which "dynamic" and "longrope" look at.
     max_length: the longest sequence the config was trained or scaled for.
     """
     frequencies, scale = ROPE_TYPES[rope.rope_type](rope, int(head_dim * rope.partial), length, max_length)
-    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None, :]
+    frequencies = jnp.asarray(frequencies, jnp.float32).reshape(*(1,) * positions.ndim, -1)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
 def rotate(
-    x: Float[Array, "batch seq heads head_dim"], cos: Float[Array, "seq half"], sin: Float[Array, "seq half"]
+    x: Float[Array, "batch seq heads head_dim"], cos: Float[Array, "rows seq half"], sin: Float[Array, "rows seq half"]
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Turns every head's first 2 `half` features by its position's angles, in float32; the result has x's dtype."""
     turning, still = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
     first, second = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
     return jnp.concatenate([turned, still], axis=-1) if still.shape[-1] else turned
 
