@@ -245,5 +245,4 @@ def _stack(
             f"{checkpoint.directory}: {modules[0]} to {modules[-1]} are packed in different ways; experts of one layer "
             "must have the same bits, group size, symmetry and order of inputs"
         )
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *weights)
-    return dataclasses.replace(stacked, layout=stacked.layout.stacked((len(weights),)))
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *weights)

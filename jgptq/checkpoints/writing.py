@@ -110,10 +110,16 @@ def _check(model: LanguageModel, params: Mapping) -> None:
         leaf, shape = given[path], wanted[path].shape
         if tuple(leaf.shape) != shape:
             problems.append(f"{_dotted(path)} has shape {list(leaf.shape)}, not {list(shape)}")
-        elif isinstance(leaf, QuantizedTensor) and (path[-1] != "kernel" or leaf.layout != Layout.dense(*shape)):
+        elif isinstance(leaf, QuantizedTensor) and not _fits(model, path, leaf):
             problems.append(f"{_dotted(path)} is packed, which only (in, out) kernels can be in a file; dequantize it")
     if problems:
         raise ValueError(f"these parameters cannot be saved: {'; '.join(problems)}")
+
+
+def _fits(model: LanguageModel, path: tuple, leaf: QuantizedTensor) -> bool:
+    """Whether a packed leaf is an (in, out) kernel, or a stack of them where the checkpoint has one a module."""
+    stacked = "*" in model.architecture.tensor_name(path)[0]
+    return path[-1] == "kernel" and leaf.layout.unstacked() == Layout.dense(*leaf.shape[stacked:])
 
 
 def _dotted(path: tuple) -> str:
@@ -125,7 +131,9 @@ def _config(model: LanguageModel, params: Mapping, packing: Format) -> dict[str,
     leaves = _leaves(params)
     dtype = Counter(jnp.dtype(leaf.dtype) for leaf in leaves.values()).most_common(1)[0][0]
     config = {**model.config.to_dict(), "torch_dtype": dtype.name}
-    kernels = {_module(model, path): leaf for path, leaf in leaves.items() if path[-1] == "kernel"}
+    kernels = {
+        module: leaf for path, leaf in leaves.items() if path[-1] == "kernel" for module in _modules(model, path, leaf)
+    }
     packed = {module: leaf for module, leaf in kernels.items() if isinstance(leaf, QuantizedTensor)}
     if not packed:
         return config
@@ -133,8 +141,11 @@ def _config(model: LanguageModel, params: Mapping, packing: Format) -> dict[str,
     return config | {"quantization_config": packing.describe(packed, left, dtype)}
 
 
-def _module(model: LanguageModel, path: tuple) -> str:
-    return model.architecture.tensor_name(path)[0].rpartition(".")[0]
+def _modules(model: LanguageModel, path: tuple, leaf: Any) -> dict[str, Any]:
+    """The checkpoint's modules that a parameter belongs to, and its index for each; `...` is all of it."""
+    names = model.architecture.stored_names(path, tuple(leaf.shape))
+    stacked = "*" in model.architecture.tensor_name(path)[0]
+    return {name.rpartition(".")[0]: index if stacked else ... for index, name in enumerate(names)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,26 +158,31 @@ class _StoredLeaf:
 
 def _stored_leaves(model: LanguageModel, params: Mapping, packing: Format, config: Mapping) -> list[_StoredLeaf]:
     settings = packing.parse(config["quantization_config"]) if "quantization_config" in config else None
-    return [
-        _packed_leaf(_module(model, path), leaf, packing, settings)
-        if isinstance(leaf, QuantizedTensor)
-        else _float_leaf(*model.architecture.tensor_name(path), leaf)
-        for path, leaf in _leaves(params).items()
-    ]
+    stored = []
+    for path, leaf in _leaves(params).items():
+        name, transposed = model.architecture.tensor_name(path)
+        for module, index in _modules(model, path, leaf).items():
+            if isinstance(leaf, QuantizedTensor):
+                stored.append(_packed_leaf(module, leaf, index, packing, settings))
+            else:
+                stored.append(_float_leaf(f"{module}.{name.rpartition('.')[2]}", transposed, leaf, index))
+    return stored
 
 
-def _float_leaf(name: str, transposed: bool, leaf: Any) -> _StoredLeaf:
+def _float_leaf(name: str, transposed: bool, leaf: Any, index: Any) -> _StoredLeaf:
     def tensors() -> dict[str, np.ndarray]:
-        return {name: _read(leaf).T if transposed else _read(leaf)}
+        value = np.asarray(leaf[index])
+        return {name: value.T if transposed else value}
 
-    shape = tuple(leaf.shape)
+    shape = tuple(leaf.shape) if index is ... else tuple(leaf.shape[1:])
     spec = jax.ShapeDtypeStruct(shape[::-1] if transposed else shape, leaf.dtype)
     return _StoredLeaf(specs={name: spec}, tensors=tensors)
 
 
-def _packed_leaf(module: str, leaf: QuantizedTensor, packing: Format, settings: Any) -> _StoredLeaf:
+def _packed_leaf(module: str, leaf: QuantizedTensor, index: Any, packing: Format, settings: Any) -> _StoredLeaf:
     def tensors() -> dict[str, np.ndarray]:
-        parts = packing.encode(settings, jax.tree.map(_read, leaf))
+        weight = jax.tree.map(lambda array: np.asarray(array[index]), leaf)
+        parts = packing.encode(settings, dataclasses.replace(weight, layout=leaf.layout.unstacked()))
         return {f"{module}.{part}": array for part, array in parts.items()}
 
     def spec(expected: ExpectedTensor) -> jax.ShapeDtypeStruct:
@@ -174,13 +190,8 @@ def _packed_leaf(module: str, leaf: QuantizedTensor, packing: Format, settings: 
         kind = expected.dtypes[0] if len(expected.dtypes) == 1 else own
         return jax.ShapeDtypeStruct(expected.shape, tensor_file.DTYPES[kind])
 
-    parts = packing.expected(settings, module, *leaf.shape)
+    parts = packing.expected(settings, module, *leaf.shape[-2:])
     return _StoredLeaf(specs={f"{module}.{part}": spec(parts[part]) for part in parts}, tensors=tensors)
-
-
-def _read(leaf: Any) -> np.ndarray:
-    """The values of an array or a lazy leaf."""
-    return np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf[...]
 
 
 def _write_shards(directory: Path, leaves: Sequence[_StoredLeaf], max_bytes: int) -> None:
