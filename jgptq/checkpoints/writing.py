@@ -171,7 +171,7 @@ def _stored_leaves(model: LanguageModel, params: Mapping, packing: Format, confi
 
 def _float_leaf(name: str, transposed: bool, leaf: Any, index: Any) -> _StoredLeaf:
     def tensors() -> dict[str, np.ndarray]:
-        value = np.asarray(leaf[index])
+        value = _read(leaf, index)
         return {name: value.T if transposed else value}
 
     shape = tuple(leaf.shape) if index is ... else tuple(leaf.shape[1:])
@@ -181,7 +181,7 @@ def _float_leaf(name: str, transposed: bool, leaf: Any, index: Any) -> _StoredLe
 
 def _packed_leaf(module: str, leaf: QuantizedTensor, index: Any, packing: Format, settings: Any) -> _StoredLeaf:
     def tensors() -> dict[str, np.ndarray]:
-        weight = jax.tree.map(lambda array: np.asarray(array[index]), leaf)
+        weight = jax.tree.map(lambda array: _read(array, index), leaf)
         parts = packing.encode(settings, dataclasses.replace(weight, layout=leaf.layout.unstacked()))
         return {f"{module}.{part}": array for part, array in parts.items()}
 
@@ -192,6 +192,11 @@ def _packed_leaf(module: str, leaf: QuantizedTensor, index: Any, packing: Format
 
     parts = packing.expected(settings, module, *leaf.shape[-2:])
     return _StoredLeaf(specs={f"{module}.{part}": spec(parts[part]) for part in parts}, tensors=tensors)
+
+
+def _read(leaf: Any, index: Any) -> np.ndarray:
+    """Values of an array or a lazy leaf."""
+    return np.asarray(leaf[index]) if isinstance(leaf, jax.Array) else leaf[index]
 
 
 def _write_shards(directory: Path, leaves: Sequence[_StoredLeaf], max_bytes: int) -> None:
