@@ -178,6 +178,30 @@ def recurrent(p, x):
     return lax.scan(cell, jnp.zeros_like(x[:, 0]), x.swapaxes(0, 1))[1]
 
 
+def scanned_in_blocks(p, x):
+    """Layers taken two at a time, as for remat of every second layer."""
+    blocks = {name: w.reshape(-1, 2, *w.shape[1:]) for name, w in p.items()}
+    return scanned_in_scan(blocks, x)
+
+
+def scanned_after_first(p, x):
+    first, rest = ({name: w[part] for name, w in p.items()} for part in (0, slice(1, None)))
+    return scanned(rest, block(first, x))
+
+
+def scanned_slices(p, x):
+    return lax.scan(lambda x, w: (x + sliced(w, x), None), x, p)[0]
+
+
+def scanned_ragged(p, x):
+    return lax.scan(jax.checkpoint(lambda x, w: (x + ragged(w, x), None)), x, p)[0]
+
+
+def carried(p, x):
+    """The weights are part of the carry, and the same at every step."""
+    return lax.scan(lambda carry, _: ((block(carry[1], carry[0]), carry[1]), None), (x, p), None, length=3)[0][0]
+
+
 def layers_of_cells(p, x):
     """Layers in a scan, each a recurrence in a scan over time."""
     return lax.scan(lambda x, w: (x + recurrent(w, x).swapaxes(0, 1), None), x, p)[0]
@@ -354,6 +378,12 @@ BARE = (
         "sliced along its inputs": Bare(
             f=lambda p, x: x[..., :16] @ p["w"][:16] + x[..., 16:] @ p["w"][16:], shapes=WIDE
         ),
+        "partly used": Bare(f=lambda p, x: x @ p["w"][:, :WIDTH], shapes=WIDE, left={"w": "leave some of it out"}),
+        "concatenated before use": Bare(
+            f=lambda p, x: x @ jnp.concatenate([p["q"], p["k"]], axis=1),
+            shapes={"q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH)},
+            left=dict.fromkeys("qk", "concatenate"),
+        ),
         "stack, Python loop by index": Bare(f=unrolled, shapes=STACK),
         "scan over layers": Bare(f=scanned, shapes=STACK, scans=1),
         "scan, remat inside": Bare(f=scanned_remat, shapes=STACK, scans=1),
@@ -370,11 +400,25 @@ BARE = (
             f=scanned_moved_axis, shapes={"up": (WIDTH, LAYERS, HIDDEN), "down": (HIDDEN, LAYERS, WIDTH)}, scans=1
         ),
         "scan, stack cast to bfloat16": Bare(f=scanned_bfloat16, shapes=STACK, scans=1),
+        "scan, layers in blocks of two": Bare(
+            f=scanned_in_blocks, shapes={"up": (4, WIDTH, HIDDEN), "down": (4, HIDDEN, WIDTH)}, scans=2
+        ),
+        "scan, first layer apart": Bare(f=scanned_after_first, shapes=STACK, scans=1),
+        "scan, one stack in two scans": Bare(
+            f=lambda p, x: scanned(p, x) + scanned(p, jnp.tanh(x)), shapes=STACK, scans=2
+        ),
+        "scan, fused qkv, sliced": Bare(
+            f=scanned_slices, shapes={"qkv": (2, WIDTH, 3 * WIDTH), "out": (2, WIDTH, WIDTH)}, scans=1
+        ),
+        "scan, weights in the carry": Bare(f=carried, shapes={"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}, scans=1),
         "scan, one weight for all steps": Bare(
             f=scanned_same_weight, shapes={"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}, scans=1
         ),
         "scan of MoE layers": Bare(
             f=scanned_mixture, shapes={name: (2, *shape) for name, shape in MIXTURE.items()}, scans=1
+        ),
+        "scan of MoE layers, ragged_dot and remat": Bare(
+            f=scanned_ragged, shapes={name: (2, *shape) for name, shape in MIXTURE.items()}, scans=1
         ),
         "fori_loop, stack by index": Bare(f=loop_by_index, shapes=STACK, left=dict.fromkeys(STACK, "dynamic_slice")),
         "recurrent cell over time": Bare(f=recurrent, shapes={"w": (WIDTH, WIDTH), "u": (WIDTH, WIDTH)}, scans=1),
