@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
 
 from jgptq.quantize import quantize as quantize_function
@@ -27,14 +28,22 @@ class Quantized(nnx.Module):
     def apply(self, method: Callable, *inputs: Any, **keywords: Any) -> Any:
         """method(module, *inputs) on the packed weights; what it changes in the module's state is kept."""
         graphdef, params, rest = nnx.split(self.model, nnx.Param, ...)
+        before, tree = jax.tree.flatten(rest)
+        changed: list[int] = []
 
-        def f(params, rest, *inputs):
-            model = nnx.merge(graphdef, nnx.State(params), rest)
+        def f(params, before, *inputs):
+            model = nnx.merge(graphdef, nnx.State(params), jax.tree.unflatten(tree, before))
             result = method(model, *inputs, **keywords)
-            return result, nnx.state(model, nnx.Not(nnx.Param))
+            after = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.Param)))
+            changed[:] = [number for number, leaf in enumerate(after) if leaf is not before[number]]
+            return result, [after[number] for number in changed]
 
-        result, rest = quantized_function(f)(nnx.to_pure_dict(params), rest, *inputs)
-        nnx.update(self.model, rest)
+        result, new = quantized_function(f)(nnx.to_pure_dict(params), before, *inputs)
+        if changed:
+            after = list(before)
+            for number, leaf in zip(changed, new, strict=True):
+                after[number] = leaf
+            nnx.update(self.model, jax.tree.unflatten(tree, after))
         return result
 
 
@@ -43,7 +52,9 @@ def functional(model: nnx.Module) -> tuple[Callable, dict]:
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def f(params, *inputs):
-        return nnx.merge(graphdef, nnx.State(params), rest)(*inputs)
+        # Variables made here, which the call may change; the module's own may not be from inside a trace.
+        fresh = jax.tree.map(lambda leaf: leaf, rest)
+        return nnx.merge(graphdef, nnx.State(params), fresh)(*inputs)
 
     return f, nnx.to_pure_dict(params)
 

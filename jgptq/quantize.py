@@ -131,8 +131,9 @@ def quantize(
     executor.check_weights(list(sites.values()))
     steps = executor.choose(plan)
     names = {_key(part): sites[part.leaf].name(part) for step in steps for part in step.parts}
-    if finished is not None and len(set(names.values())) < len(names):
-        raise ValueError("two weights have the same path, so `finished` cannot tell them apart; rename one")
+    if finished is not None:
+        _check_finished(finished, steps, names, sites, plan)
+    _check_permutations(steps, sites, plan)
     rows: list[Row] = []
     packed: dict[int, dict[Index, QuantizedTensor]] = defaultdict(dict)
     for step in steps:
@@ -146,8 +147,6 @@ def quantize(
             site, name = sites[part.leaf], names[_key(part)]
             if finished is not None and name in finished:
                 weight, row = finished[name]
-                if weight.layout != part.layout:
-                    raise ValueError(f"finished[{name!r}] is a {weight}; this weight is {part.layout.shape}: remove it")
                 weight = jax.tree.map(lambda array: jnp.asarray(array[...]), weight)
             else:
                 weight, row = _solve_part(executor, site, part, hessian, *plan[part.leaf])
@@ -183,6 +182,40 @@ def quantize(
             stacklevel=2,
         )
     return jax.tree.unflatten(tree, leaves), report
+
+
+def _check_finished(finished: Any, steps: Sequence[Step], names: dict, sites: dict[int, Site], plan: dict) -> None:
+    """Finished weights must be what this run would make."""
+    if len(set(names.values())) < len(names):
+        raise ValueError("two weights have the same path, so `finished` cannot tell them apart; rename one")
+    for part in (part for step in steps for part in step.parts):
+        name, (grid, _) = names[_key(part)], plan[part.leaf]
+        if name not in finished:
+            continue
+        weight, _ = finished[name]
+        given = (weight.layout, weight.bits, weight.group_size, weight.symmetric, jnp.dtype(weight.scales.dtype))
+        length = grid.group_length(part.layout.in_features)
+        if given != (part.layout, grid.bits, length, grid.symmetric, jnp.dtype(grid.scale_dtype)) or (
+            jnp.dtype(weight.dtype) != sites[part.leaf].dtype
+        ):
+            raise ValueError(
+                f"finished[{name!r}] is a {weight}, which is not what {grid} makes of this weight of shape "
+                f"{part.layout.shape}; remove it, or use the settings it was made with"
+            )
+
+
+def _check_permutations(steps: Sequence[Step], sites: dict[int, Site], plan: dict) -> None:
+    """Outputs side by side share a permutation of the inputs, so they must see the same inputs."""
+    seen: dict[Any, int] = {}
+    for number, step in enumerate(steps):
+        for part in step.parts:
+            layout = sites[part.leaf].layout
+            cell = (part.leaf, *(part.index[layout.axes[k]] for k in layout.batch_axes))
+            if getattr(plan[part.leaf][1], "act_order", None) is True and seen.setdefault(cell, number) != number:
+                raise ValueError(
+                    f"{sites[part.leaf].path} is used through slices that see different inputs, which act_order=True "
+                    'would permute differently; use act_order="group" or "static", or leave it alone with a rule'
+                )
 
 
 _dequantize = jax.jit(dequantize)
@@ -246,7 +279,7 @@ def _rtn_error(w: jax.Array, hessian: Hessian, info: Info, grid: Grid) -> jax.Ar
 
 def _plan(sites, grid: Grid, method: Method, rules: Sequence[Rule]) -> dict[int, tuple[Grid, Method]]:
     """Grid and method of each weight to quantize, by the leaf's number: two leaves may read as one path."""
-    if not any(site.quantizable or site.tied for site in sites):
+    if not any(site.quantizable or (rules and site.tied) for site in sites):
         reasons = "; ".join(f"{site.path}: {site.reason}" for site in sites[:5]) or "it has no floating-point leaf"
         raise ValueError(f"the function has no weight that can be quantized ({reasons}); see jgptq.find_weights")
     plan = {site.leaf: (grid, method) for site in sites if site.quantizable}
@@ -354,8 +387,8 @@ def _row(name: str, part: Part, weight, w, info, rtn_error, tokens, grid: Grid, 
     elif starved.any():
         numbers, counts = (", ".join(map(str, values)) for values in (np.flatnonzero(starved), tokens[starved]))
         notes.append(
-            f"of its {batch} matrices, {numbers} saw fewer tokens ({counts}) than their {in_features} inputs: "
-            "solved on the tokens of all"
+            f"of its {batch} matrices (experts), {numbers} saw fewer tokens ({counts}) than their {in_features} "
+            "inputs: solved on the tokens of all"
         )
     asked = getattr(method, "damp", 0.0)
     if damp > 1.001 * asked:

@@ -298,7 +298,7 @@ def join_layouts(shape: tuple[int, ...], parts: dict[Index, Layout]) -> Layout |
     """The layout of a leaf of `shape` that is solved in `parts`; None if these are no grid of parts of one kind.
 
     Along an axis, parts are the whole, or single elements (or equal pieces of the inputs), which makes it a batch
-    axis, or ranges of outputs, which lie side by side.
+    axis, or ranges of outputs or of a batch, which lie side by side.
     """
     ranges = [sorted({index[axis] for index in parts}) for axis in range(len(shape))]
     for axis, cuts in enumerate(ranges):
@@ -306,8 +306,18 @@ def join_layouts(shape: tuple[int, ...], parts: dict[Index, Layout]) -> Layout |
             return None
     if math.prod(map(len, ranges)) != len(parts):
         return None
-    layouts = {_join(shape, ranges, layout) for layout in parts.values()}
-    return layouts.pop() if len(layouts) == 1 else None
+    # The part with the most elements says in which order the outputs lie: axes of one element come last in a part.
+    largest = max(parts.values(), key=lambda layout: math.prod(layout.shape))
+    joined = _join(shape, ranges, largest)
+    if joined is None:
+        return None
+    for part in parts.values():
+        other = _join(shape, ranges, part)
+        ones = {k for k, axis in enumerate(joined.axes) if part.shape[axis] == 1}
+        order = [tuple(k for k in x.out_axes if k not in ones) if x else None for x in (joined, other)]
+        if order[0] != order[1] or dataclasses.replace(other, out_axes=joined.out_axes) != joined:
+            return None
+    return joined
 
 
 def _join(shape: tuple[int, ...], ranges: list, part: Layout) -> Layout | None:
@@ -326,7 +336,7 @@ def _join(shape: tuple[int, ...], ranges: list, part: Layout) -> Layout | None:
                 factors.append(size // piece)
                 if piece == 1:
                     continue
-            elif len(own) == 1 and own[0] in part.out_axes:
+            elif len(own) == 1 and own[0] in (*part.out_axes, *part.batch_axes):
                 number[own[0]] = len(factors)
                 factors.append(size)
                 continue
@@ -347,6 +357,14 @@ def _join(shape: tuple[int, ...], ranges: list, part: Layout) -> Layout | None:
 def join(layout: Layout, parts: dict[Index, QuantizedTensor]) -> QuantizedTensor:
     """A leaf of `layout` (see `join_layouts`) from its separately packed parts, assembled on the host."""
     first = next(iter(parts.values()))
+    kinds = {
+        (part.bits, part.group_size, part.dtype, part.zeros is None, part.permutation is None)
+        for part in parts.values()
+    }
+    if len(kinds) > 1:
+        raise ValueError(
+            "parts of one weight have different bits, group sizes, dtypes or symmetry; quantize them alike"
+        )
     batch, outputs = layout.sizes(layout.batch_axes), layout.sizes(layout.out_axes)
     columns = np.arange(math.prod(outputs)).reshape(outputs)
     axes = layout.axes

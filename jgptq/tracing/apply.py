@@ -33,18 +33,26 @@ class _Packed:
 
     weight: QuantizedTensor
     view: views.View
-    factor: jax.Array | None = None
-    addend: jax.Array | None = None
+    factor: Any = None
+    addend: Any = None
 
     @classmethod
     def whole(cls, weight: QuantizedTensor) -> "_Packed":
         return cls(with_stack_in_layout(weight), views.whole(weight.shape))
 
     def array(self) -> jax.Array:
-        value = self.view.of(self.weight.dequantize())
+        if self.is_plain:
+            return self.view.of(self.weight.dequantize())
+        value = self.view._replace(casts=()).of(self.weight.dequantize())
         if self.factor is not None:
-            value = value * self.factor.astype(value.dtype)
-        return value if self.addend is None else value + self.addend.astype(value.dtype)
+            value = value * self.factor
+        if self.addend is not None:
+            value = value + self.addend
+        return value.astype(self.dtype)
+
+    @property
+    def dtype(self) -> Any:
+        return self.view.casts[-1] if self.view.casts else self.weight.dtype
 
     @property
     def is_plain(self) -> bool:
@@ -126,28 +134,47 @@ def _follow(equation: jex.JaxprEqn, packed: _Packed) -> list[_Packed] | None:
     if name == "neg" and packed.addend is None:
         ones = jnp.ones((1,) * len(packed.view.axes), packed.weight.dtype)
         return [dataclasses.replace(packed, factor=-(ones if packed.factor is None else packed.factor))]
-    if not packed.is_plain:  # axes that move would have to move in the factor too: only casts are worth it
-        if name != "convert_element_type":
-            return None
-        view = views.follow(packed.view, equation)
-        return None if view is None else [dataclasses.replace(packed, view=view)]
     if name == "split":
         starts = list(itertools.accumulate((int(size) for size in equation.params["sizes"]), initial=0))
         found = [views.cut(packed.view, equation.params["axis"], *ends) for ends in itertools.pairwise(starts)]
-    else:
-        found = [views.follow(packed.view, equation)]
-    results = [None if view is None else _part(packed.weight, view) for view in found]
-    return None if any(result is None for result in results) else results
+        results = [None if view is None else _part(packed, view) for view in found] if packed.is_plain else [None]
+        return None if any(result is None for result in results) else results
+    view = views.follow(packed.view, equation)
+    if view is None:
+        return None
+    if not packed.is_plain:
+        if name not in ("convert_element_type", "slice", "squeeze", "transpose"):
+            return None
+        packed = dataclasses.replace(
+            packed,
+            factor=None if packed.factor is None else _factor(packed.factor, equation),
+            addend=None if packed.addend is None else _bind(equation, [packed.addend])[0],
+        )
+    part = _part(packed, view)
+    return None if part is None else [part]
 
 
-def _part(weight: QuantizedTensor, view: views.View) -> _Packed | None:
+def _factor(factor: jax.Array, equation: jex.JaxprEqn) -> jax.Array:
+    """The factor on a view, from that on what it is a view of."""
+    name, params = equation.primitive.name, equation.params
+    if name == "slice":
+        ranges = zip(params["start_indices"], params["limit_indices"], factor.shape, strict=True)
+        return factor[tuple(slice(start, stop) if size > 1 else slice(None) for start, stop, size in ranges)]
+    if name == "squeeze":
+        return jnp.squeeze(factor, params["dimensions"])
+    return factor.transpose(params["permutation"]) if name == "transpose" else factor
+
+
+def _part(packed: _Packed, view: views.View) -> _Packed | None:
     """A view of part of a packed weight, as a view of that part."""
+    weight = packed.weight
     for axis, ((start, stop), size) in enumerate(zip(view.index, weight.shape, strict=True)):
         if (start, stop) != (0, size):
             weight = cut(weight, axis, start, stop)
             if weight is None:
                 return None
-    return _Packed(weight, view._replace(index=tuple((0, size) for size in weight.shape)))
+    view = view._replace(index=tuple((0, size) for size in weight.shape))
+    return dataclasses.replace(packed, weight=weight, view=view)
 
 
 def _linear(equation: jex.JaxprEqn, operands: list[Any], makers: dict) -> list[_Packed] | None:
@@ -172,6 +199,7 @@ def _linear(equation: jex.JaxprEqn, operands: list[Any], makers: dict) -> list[_
         return None
     factor = jnp.asarray(other) if jnp.ndim(other) else jnp.reshape(other, (1,) * len(shape))
     factor = factor[tuple(slice(None) if axis in axes else slice(1) for axis in range(len(shape)))]
+    factor = factor.astype(jnp.promote_types(factor.dtype, jnp.float32))
     factor = 1 / factor if name == "div" else factor
     return [dataclasses.replace(packed, factor=factor if packed.factor is None else packed.factor * factor)]
 
@@ -193,6 +221,9 @@ def _product(equation: jex.JaxprEqn, operands: list[Any]) -> list[jax.Array] | N
         return None
     if own.factor is not None and any(own.factor.shape[axis] > 1 for axis in contracted[side]):
         return None
+    digits = [jnp.finfo(dtype).nmant for dtype in (weight.dtype, *own.view.casts)]
+    if min(digits) < digits[-1]:  # a cast that rounded the weight, which matmul would not
+        return None
 
     other = 1 - side
     tokens = tuple(axis for axis in range(x.ndim) if axis not in (*contracted[other], *batch[other]))
@@ -203,7 +234,10 @@ def _product(equation: jex.JaxprEqn, operands: list[Any]) -> list[jax.Array] | N
     rows = rows.reshape(*batch_shape, *token_shape, weight.in_features)
     # The product's own types decide: a weight cast to bfloat16 before use is served in bfloat16.
     rows = rows.astype(jnp.result_type(rows.dtype, equation.invars[side].aval.dtype))
-    result = _matmul(rows, weight, len(batch_shape), result_type)
+    wide = jnp.promote_types(result_type, jnp.float32)
+    if own.factor is not None and rows.dtype == jnp.float16:  # the weight alone may be beyond its range
+        rows = rows.astype(jnp.float32)
+    result = _matmul(rows, weight, len(batch_shape), result_type if own.factor is None else wide)
     result = result.reshape(*batch_shape, *token_shape, *outputs)
     # Now in the order batch, tokens, outputs; dot_general puts the first operand's axes before the second's.
     if own.factor is not None:
@@ -246,6 +280,8 @@ def _rows(equation: jex.JaxprEqn, operands: list[Any]) -> list[jax.Array] | None
     if not isinstance(table, _Packed) or not table.is_plain or len(table.view.axes) != 2:
         return None
     layout, view = table.weight.layout, table.view
+    if table.weight.codes.ndim != 2:
+        return None
     rows, features = view.shape
     is_rows = (
         views.layout(view, (), (1,), (0,)).roles() == layout.roles()
@@ -279,16 +315,21 @@ def _call(equation: jex.JaxprEqn, called: jex.ClosedJaxpr, operands: list[Any]) 
         return _evaluate(called.jaxpr, called.consts, operands)
 
     floats = [not isinstance(value, _Packed) for value in operands]
+    handed_on: dict[int, _Packed] = {}
 
     def body(*arrays):
         rest = iter(arrays)
         full = [next(rest) if is_float else value for is_float, value in zip(floats, operands, strict=True)]
-        return _arrays(_evaluate(called.jaxpr, called.consts, full))
+        results = _evaluate(called.jaxpr, called.consts, full)
+        handed_on.update((n, value) for n, value in enumerate(results) if any(value is own for own in operands))
+        return [None if n in handed_on else _array(value) for n, value in enumerate(results)]
 
     prevent_cse = params["prevent_cse"]
     if isinstance(prevent_cse, tuple):  # one for each operand
         prevent_cse = tuple(itertools.compress(prevent_cse, floats))
-    return jax.checkpoint(body, prevent_cse=prevent_cse, policy=params["policy"])(*itertools.compress(operands, floats))
+    run = jax.checkpoint(body, prevent_cse=prevent_cse, policy=params["policy"])
+    results = run(*itertools.compress(operands, floats))
+    return [handed_on.get(number, value) for number, value in enumerate(results)]
 
 
 def _call_custom(equation: jex.JaxprEqn, called: jex.ClosedJaxpr, operands: list[Any]) -> list[Any]:
@@ -325,36 +366,49 @@ def _scan(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
     stacks = [_stack(x) if isinstance(x, _Packed) else None for x in xs]
     arrays = [_array(x) if stack is None else stack[0] for x, stack in zip(xs, stacks, strict=True)]
 
+    handed_on: dict[int, Any] = {}  # a weight that each step gives out as it came in: the stack itself
+
     def step(carry, slices):
         elements = [
             x if stack is None else _Packed(dataclasses.replace(x, layout=stack[1]), stack[2])
             for x, stack in zip(slices, stacks, strict=True)
         ]
-        results = _arrays(_evaluate(body.jaxpr, body.consts, [*consts, *carry, *elements]))
-        return results[:count], results[count:]
+        results = _evaluate(body.jaxpr, body.consts, [*consts, *carry, *elements])
+        for number, value in enumerate(results[count:]):
+            same = [x for x, element in zip(xs, elements, strict=True) if value is element]
+            handed_on.update((number, x) for x in same if isinstance(value, _Packed))
+        ys = [None if number in handed_on else _array(y) for number, y in enumerate(results[count:])]
+        return _arrays(results[:count]), ys
 
     carry, ys = lax.scan(
         step, carry, arrays, length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
     )
-    return [*carry, *ys]
+    return [*carry, *(handed_on.get(number, y) for number, y in enumerate(ys))]
 
 
 def _stack(packed: _Packed) -> tuple[QuantizedTensor, Any, views.View] | None:
     """A packed weight whose view is a stack of matrices along its leading axis: arrays with that axis leading, and the
     layout and view of one element; None if it is no such stack."""
-    if not packed.is_plain or not packed.view.axes:
+    if not packed.is_plain or not packed.view.axes or packed.view.shape[0] == 1:
         return None
     layout = packed.weight.layout
     view = views.cut(packed.view, 0, 0, 1)
-    if view is None or packed.view.shape[0] == 1:
+    if view is None:
         return None
-    one = jax.eval_shape(lambda weight: _part(weight, view).weight, packed.weight)
-    if len(one.layout.batch_axes) != len(layout.batch_axes) - 1:
+    outermost = layout.axes.index(packed.view.axes[0][0].axis)
+    if outermost not in layout.batch_axes:
         return None
-    (factor,) = packed.view.axes[0]
-    position = layout.batch_axes.index(layout.axes.index(factor.axis))
-    arrays = jax.tree.map(lambda array: jnp.moveaxis(array, position, 0), packed.weight)
+    position, steps = layout.batch_axes.index(outermost), packed.view.shape[0]
+    one = jax.eval_shape(lambda weight: _part(dataclasses.replace(packed, weight=weight), view).weight, packed.weight)
+    whole = len(one.layout.batch_axes) < len(layout.batch_axes)  # an element takes no more than one of the batch
+
+    def leading(array):
+        apart = array.reshape(*array.shape[:position], steps, -1, *array.shape[position + 1 :])
+        apart = apart.squeeze(position + 1) if whole else apart
+        return jnp.moveaxis(apart, position, 0)
+
     index = tuple((0, size) for size in one.layout.shape)
+    arrays = jax.tree.map(leading, packed.weight)
     return arrays, one.layout, view._replace(index=index, axes=view.axes[1:])
 
 
@@ -371,6 +425,8 @@ def _while(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
 
 def _cond(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
     index, *rest = operands
+    if equation.params.get("branches_platforms"):  # one for each platform, not a choice made when it runs
+        return _bind(equation, _arrays(operands))
 
     def run(branch: jex.ClosedJaxpr) -> list[Any]:
         return _arrays(_evaluate(branch.jaxpr, branch.consts, rest))

@@ -27,6 +27,7 @@ from jgptq.tracing.products import Product, read_product
 MAX_UNROLLED = 50_000
 # Cheap one-operand equations that layers repeat on a shared input (each casts or reshapes x for itself).
 SHARED = ("convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim", "stop_gradient", "copy")
+ELEMENTWISE = ("mul", "div", "add", "sub", "neg", "convert_element_type")
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
 
@@ -54,7 +55,8 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """A leaf in one equation. `made` is the equation's first result and `first` that of the equations for its weight.
+    """A leaf in one equation. first: the first result of the equations that compute the weight and use it; None: the
+    leaf itself is handed on, and `place` is the number of equations before that.
 
     kind: what the equation does. For a product that reads the leaf as a weight: layout, product and activations.
     """
@@ -66,6 +68,7 @@ class Use:
     layout: Layout | None = None
     product: Product | None = None
     activations: tuple[Atom, ...] = ()
+    place: int | None = None
 
 
 class Flattener:
@@ -161,6 +164,9 @@ class Flattener:
             (weight,) = arguments
             if name == "neg":
                 return [self._combined(equation, arguments, weight.terms)]
+            spread = self._spread(weight, equation.outvars[0].aval, functools.partial(self._viewed, equation))
+            if spread is not None and name != "convert_element_type":
+                return [spread]
             terms = [(term, views.follow(term.view, equation)) for term in weight.terms]
             if any(view is None for _, view in terms):
                 return None
@@ -171,6 +177,36 @@ class Flattener:
         if len(arguments) == 2 and name in ("mul", "div", "add", "sub"):
             return self._linear(equation, arguments, makers)
         return None
+
+    def _spread(self, weight: Weight, aval: Any, view: Callable) -> Weight | None:
+        """A view of a weight computed elementwise, as the same computation on views of its operands: what is cut out
+        of a scaled stack then reads its own part of the stack. None if `view` cannot be taken of an operand."""
+        if weight.equation is None or weight.equation.primitive.name not in ELEMENTWISE:
+            return None
+        operands = []
+        for operand in weight.operands:
+            viewed = operand if operand.aval.shape == () != weight.aval.shape else view(operand)
+            if viewed is None or operand.aval.shape not in ((), weight.aval.shape):
+                return None
+            operands.append(viewed)
+        terms = tuple(
+            dataclasses.replace(new, scaled=old.scaled)
+            for operand in operands
+            if isinstance(operand, Weight)
+            for new, old in zip(operand.terms, weight.terms, strict=False)
+        )
+        if len(terms) != len(weight.terms):
+            return None
+        return Weight(aval, terms, weight.equation.replace(outvars=[jex.Var(aval)]), tuple(operands))
+
+    def _viewed(self, equation: jex.JaxprEqn, operand: Any) -> Any:
+        """A one-operand equation's result for another operand of the same shape."""
+        if isinstance(operand, Weight):
+            aval = jax.core.ShapedArray(equation.outvars[0].aval.shape, operand.aval.dtype)
+            found = self._follow(equation.replace(outvars=[jex.Var(aval)]), [operand], {})
+            return found[0] if found else None
+        aval = jax.core.ShapedArray(equation.outvars[0].aval.shape, operand.aval.dtype)
+        return self._emit(equation.replace(outvars=[jex.Var(aval)]), [operand])[0]
 
     def _linear(self, equation: jex.JaxprEqn, arguments: list[Any], makers: dict) -> list[Any] | None:
         """A weight scaled by, or added to, what does not depend on the function's inputs."""
@@ -246,7 +282,7 @@ class Flattener:
         start = len(self.equations)
         var = self._write(value)
         first = self.equations[start].outvars[0] if start < len(self.equations) else None
-        self.uses += [Use(term.leaf, term.view.index, kind, first) for term in value.terms]
+        self.uses += [Use(term.leaf, term.view.index, kind, first, place=start) for term in value.terms]
         return var
 
     def _write(self, value: Any) -> Atom:
@@ -332,7 +368,7 @@ class Flattener:
         first = self.equations[start].outvars[0]
         stacks = dict(zip(extra, outputs[len(results) :], strict=True))
         for use, atoms in zip(inner.uses, seen, strict=True):
-            use = dataclasses.replace(use, first=first)
+            use = dataclasses.replace(use, first=first, place=None)
             product = use.product.over_steps() if atoms else None
             if product is not None:
                 use = dataclasses.replace(use, product=product, activations=tuple(stacks[atom] for atom in atoms))
@@ -343,18 +379,28 @@ class Flattener:
 
     def _element(self, x: Any, step: int) -> Any:
         """x[step] along the leading axis; the step is a value, so that the equations of all steps read alike."""
-        if isinstance(x, Weight) and x.equation is None:
-            (term,) = x.terms
-            view = views.cut(term.view, 0, step, step + 1)
-            if view is not None:
-                view = view._replace(axes=view.axes[1:])
-                aval = jax.core.ShapedArray(x.aval.shape[1:], x.aval.dtype, weak_type=x.aval.weak_type)
-                return Weight(aval, (dataclasses.replace(term, view=view),))
+        if isinstance(x, Weight):
+            found = self._layer(x, step)
+            if found is not None:
+                return found
         if step not in self._steps:
             self._steps[step] = jex.Var(jax.core.ShapedArray((), jnp.int32))
             self.constants[self._steps[step]] = np.int32(step)
         array = self._written(x, "a scan")
         return self._call(lambda x, i: lax.dynamic_index_in_dim(x, i, 0, keepdims=False), [array, self._steps[step]])
+
+    def _layer(self, x: Any, step: int) -> Any:
+        """x[step] of a stacked weight, or of what a stacked weight is computed with."""
+        if not isinstance(x, Weight):
+            return self._element(x, step)
+        aval = jax.core.ShapedArray(x.aval.shape[1:], x.aval.dtype, weak_type=x.aval.weak_type)
+        if x.equation is not None:
+            return self._spread(x, aval, lambda operand: self._layer(operand, step))
+        (term,) = x.terms
+        view = views.cut(term.view, 0, step, step + 1)
+        if view is None:
+            return None
+        return Weight(aval, (dataclasses.replace(term, view=view._replace(axes=view.axes[1:])),))
 
     def _stack(self, values: Sequence[Atom]) -> Atom:
         return self._call(lambda *values: jnp.stack(values), values)

@@ -140,12 +140,12 @@ def is_quantized(leaf: Any) -> bool:
 
 
 def is_static(leaf: Any) -> bool:
-    """Whether a leaf is neither an array nor a number: a function in an Equinox module, say. It is traced as it is."""
-    return not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex | QuantizedTensor))
+    """Whether a leaf is no array: a number, or a function in an Equinox module, say. It is taken as it is."""
+    return not (hasattr(leaf, "dtype") or isinstance(leaf, QuantizedTensor))
 
 
 def trace(f: Callable, params: Any, *inputs: Any) -> Graph:
-    """Traces f(params, *inputs); parameter leaves may be anything with a shape and a dtype."""
+    """Traces f(params, *inputs); parameter leaves may be anything with a shape and a dtype, and all else is static."""
     if not callable(f):
         raise TypeError(f"f is a {type(f).__name__}; give a function f(params, *inputs)")
     named = leaf_paths(params)
@@ -189,7 +189,7 @@ def trace(f: Callable, params: Any, *inputs: Any) -> Graph:
         constants=flat.constants,
         parts=flat.parts,
         last_use=last_use,
-        sites=_find_sites(named, flat.uses, made, len(equations)),
+        sites=_find_sites(named, _placed(flat, made), made, len(equations)),
     )
 
 
@@ -221,6 +221,17 @@ def _without_dead(equations: list[jex.JaxprEqn], outputs: list[Atom]) -> list[je
     return kept[::-1]
 
 
+def _placed(flat: Flattener, made: dict[jex.Var, int]) -> list[Use]:
+    """The uses, those of a whole leaf as it is by the first equation after them that is not dead."""
+    uses = []
+    for use in flat.uses:
+        if use.first is None and use.place is not None:
+            after = (var for equation in flat.equations[use.place :] for var in equation.outvars)
+            use = dataclasses.replace(use, first=next((var for var in after if var in made), None))
+        uses.append(use)
+    return uses
+
+
 def _find_sites(named: list[tuple[str, Any]], uses: list[Use], made: dict[jex.Var, int], end: int) -> Sites:
     """made: the equation that makes each variable. Of the uses, those in dead equations are none."""
     by_leaf: dict[int, list[tuple[int, Use]]] = defaultdict(list)
@@ -230,10 +241,9 @@ def _find_sites(named: list[tuple[str, Any]], uses: list[Use], made: dict[jex.Va
 
     sites = Sites()
     for leaf, (path, array) in enumerate(named):
-        dtype = jnp.dtype(getattr(array, "dtype", type(array))) if not is_static(array) else None
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        if is_static(array) or not jnp.issubdtype(array.dtype, jnp.floating):
             continue
-        shape = tuple(np.shape(array)) if not hasattr(array, "shape") else tuple(array.shape)
+        dtype, shape = jnp.dtype(array.dtype), tuple(array.shape)
         found = by_leaf[leaf]
         products = [(start, use) for start, use in found if use.product is not None]
         others = [(start, use.kind) for start, use in found if use.product is None]
@@ -284,19 +294,22 @@ def _parts(
             leaf=leaf,
             index=index,
             layout=layouts[index],
-            reads=tuple(
-                Read(
-                    product=use.product,
-                    activations=use.activations,
-                    position=max([start, *(made[atom] + 1 for atom in use.activations if atom in made)]),
-                )
-                for start, use in group
-            ),
+            reads=_reads(group, made),
             start=min([*earliest, *(start for start, _ in group)]),
         )
         for index, group in by_index.items()
     )
     return layout, parts, _reason(layout, parts, elsewhere)
+
+
+def _reads(group: Sequence[tuple[int, Use]], made: dict[jex.Var, int]) -> tuple[Read, ...]:
+    """The products of a part; the same product on the same activations, read twice, is one."""
+    reads: dict[Any, Read] = {}
+    for start, use in sorted(group, key=lambda item: item[0]):
+        known = max([start, *(made[atom] + 1 for atom in use.activations if atom in made)])
+        read = Read(product=use.product, activations=use.activations, position=known)
+        reads.setdefault((use.product, use.activations), read)
+    return tuple(reads.values())
 
 
 def _roles(layout: Layout) -> Any:

@@ -62,8 +62,9 @@ def follow(view: View, equation) -> View | None:
     axes = None
     if name == "transpose":
         axes = tuple(view.axes[axis] for axis in params["permutation"])
-    elif name == "reshape" and params.get("dimensions") is None:
-        axes = _reshape(view.axes, params["new_sizes"])
+    elif name == "reshape":
+        axes = view.axes if params.get("dimensions") is None else [view.axes[axis] for axis in params["dimensions"]]
+        axes = _reshape(axes, params["new_sizes"])
     elif name == "squeeze":
         axes = tuple(axis for position, axis in enumerate(view.axes) if position not in params["dimensions"])
     elif name == "broadcast_in_dim":
@@ -114,7 +115,7 @@ def split(view: View, axis: int, count: int) -> View | None:
 
 def layout(view: View, batch: tuple[int, ...], contracted: tuple[int, ...], free: tuple[int, ...]) -> Layout:
     """The layout of the part of a leaf whose view has its axes in these roles in a product."""
-    roles = [[factor for axis in axes for factor in view.axes[axis]] for axes in (batch, contracted, free)]
+    roles = [_merged([f for axis in axes for f in view.axes[axis]]) for axes in (batch, contracted, free)]
     used = {factor for role in roles for factor in role}
     # Size-1 axes belong to no role; with the outputs they change nothing.
     roles[2] += [Factor(axis, 1, 1) for axis, size in enumerate(view.part_shape) if size == 1]
@@ -127,6 +128,18 @@ def layout(view: View, batch: tuple[int, ...], contracted: tuple[int, ...], free
         in_axes=in_axes,
         out_axes=out_axes,
     )
+
+
+def _merged(factors: list[Factor]) -> list[Factor]:
+    """Neighbours that make up a longer run of one axis as that run: a role does not tell them apart."""
+    merged: list[Factor] = []
+    for factor in factors:
+        last = merged[-1] if merged else None
+        if last and last.axis == factor.axis and last.inner == factor.inner * factor.size:
+            merged[-1] = Factor(factor.axis, last.size * factor.size, factor.inner)
+        else:
+            merged.append(factor)
+    return merged
 
 
 def _reshape(axes: tuple, sizes: tuple[int, ...]) -> tuple | None:
