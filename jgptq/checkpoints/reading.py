@@ -83,7 +83,7 @@ class LazyParameter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LazyStack:
-    """Lazy parameters of one shape and dtype along a new first axis: the experts of a layer."""
+    """Lazy parameters of one shape and dtype along a new first axis: the experts of a layer. `stack[3]` reads one."""
 
     parts: tuple[LazyParameter, ...]
 
@@ -104,8 +104,14 @@ class LazyStack:
         return len(self.parts) * self.parts[0].nbytes
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        result = np.empty(self.shape, self.dtype)
-        for number, part in enumerate(self.parts):
+        first, *rest = index if isinstance(index, tuple) and index else (index,)
+        if isinstance(first, int):
+            return self.parts[first][tuple(rest)]
+        chosen = self.parts
+        if isinstance(first, slice):
+            chosen, index = self.parts[first], (slice(None), *rest)
+        result = np.empty((len(chosen), *self.shape[1:]), self.dtype)
+        for number, part in enumerate(chosen):
             result[number] = part[...]
         return result[index]
 

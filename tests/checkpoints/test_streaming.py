@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jgptq import checkpoints, grid, tensor
+from jgptq.checkpoints import reading, tensor_file
 from jgptq.models import MODELS, LanguageModel
 from jgptq.models.llama import LlamaConfig
 
@@ -114,11 +115,43 @@ def test_lazy_parameters_read_as_the_ones_in_memory(stored, dtype, tmp_path):
 
 
 def test_a_kernel_of_many_blocks_is_transposed_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints.reading, "BLOCK", 32 * 7)
+    monkeypatch.setattr(reading, "BLOCK", 32 * 7)
     params = float_params()
     checkpoints.save(tmp_path / "model", MODEL, params)
     lazy = checkpoints.load(tmp_path / "model", lazy=True)[1]
     jax.tree.map(lambda leaf, wanted: np.testing.assert_array_equal(leaf[...], wanted), lazy, params)
+
+
+INDICES = [..., (), 1, -1, slice(1), slice(0, 2, 2), (1, slice(2, 5)), (slice(1, None), ..., 3), (..., 2), ([1, 0],)]
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_parts_of_a_stack_are_those_of_numpy(transposed, index, tmp_path):
+    array = np.random.default_rng(0).normal(size=(2, 6, 7)).astype(np.float32)
+    stack = stack_of(array, tmp_path, transposed)
+    wanted = array.transpose(0, 2, 1) if transposed else array
+    assert (stack.shape, stack.ndim, stack.dtype, stack.nbytes) == (wanted.shape, 3, np.float32, wanted.nbytes)
+    np.testing.assert_array_equal(stack[index], wanted[index])
+
+
+def stack_of(array, directory, transposed):
+    """A LazyStack with each part in a file of its own."""
+    parts = []
+    for number, part in enumerate(array):
+        save_file({"part": part}, directory / str(number))
+        stored = tensor_file.read_header(directory / str(number))[0]["part"]
+        parts.append(reading.LazyParameter(stored=stored, dtype=array.dtype, transposed=transposed))
+    return reading.LazyStack(parts=tuple(parts))
+
+
+@pytest.mark.parametrize("index", [0, slice(0, 1), (0, slice(2)), (slice(0, 1), 3)], ids=str)
+def test_only_the_parts_of_a_stack_that_are_asked_for_are_read(index, tmp_path):
+    stack = stack_of(np.zeros((2, 6, 7), np.float32), tmp_path, transposed=True)
+    (tmp_path / "1").unlink()
+    assert not stack[index].any()
+    with pytest.raises(FileNotFoundError):
+        stack[...]
 
 
 def test_doubles_are_read_as_single_precision(tmp_path):
