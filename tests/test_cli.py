@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -221,6 +222,20 @@ def test_a_note_on_a_weight_reaches_the_terminal(home, capsys, monkeypatch):
     assert cli.main(arguments) == 0
     assert "jgptq: warning:" in (errors := capsys.readouterr().err)
     assert "saw 32 tokens, fewer than its 44 inputs" in errors
+
+
+@pytest.mark.parametrize(
+    ("given", "set_to"),
+    [
+        ("", f"{cli.EMITTERS} "),
+        ("--xla_a=1", f"{cli.EMITTERS} --xla_a=1"),
+        ("--xla_cpu_use_fusion_emitters=true", "--xla_cpu_use_fusion_emitters=true"),
+    ],
+)
+def test_settings_of_the_process_leave_what_the_caller_set(given, set_to, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", given)
+    cli._spare_memory()
+    assert os.environ["XLA_FLAGS"] == set_to
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real models and texts are not beside the checkout")
