@@ -109,7 +109,7 @@ def test_each_expert_is_solved_on_its_own_tokens_or_on_all_if_they_are_too_few(n
             own = everyone if expert in starved[-1] else moment(inputs[expert])
             assert_same(approx[expert], oracle(w[expert], own))
         (row,) = [row for row in report.rows if row.path == part]
-        named = f"of its {EXPERTS} matrices, {', '.join(map(str, sorted(starved[-1])))} saw fewer tokens"
+        named = f"of its {EXPERTS} matrices (experts), {', '.join(map(str, sorted(starved[-1])))} saw fewer tokens"
         assert any(named in note for note in row.notes) == bool(starved[-1])
         inputs = [relu(x_e @ approx[expert]) for expert, x_e in enumerate(inputs)]
     assert starved[1] if batches == 2 else not any(starved)
