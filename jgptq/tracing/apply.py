@@ -154,7 +154,7 @@ def _follow(equation: jex.JaxprEqn, packed: _Packed) -> list[_Packed] | None:
     return None if part is None else [part]
 
 
-def _factor(factor: jax.Array, equation: jex.JaxprEqn) -> jax.Array:
+def _factor(factor: Any, equation: jex.JaxprEqn) -> Any:
     """The factor on a view, from that on what it is a view of."""
     name, params = equation.primitive.name, equation.params
     if name == "slice":
@@ -364,15 +364,12 @@ def _scan(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
     first, count = scan_counts(equation)
     consts, carry, xs = operands[:first], _arrays(operands[first : first + count]), operands[first + count :]
     stacks = [_stack(x) if isinstance(x, _Packed) else None for x in xs]
-    arrays = [_array(x) if stack is None else stack[0] for x, stack in zip(xs, stacks, strict=True)]
+    arrays = [_array(x) if stack is None else stack.arrays for x, stack in zip(xs, stacks, strict=True)]
 
     handed_on: dict[int, Any] = {}  # a weight that each step gives out as it came in: the stack itself
 
     def step(carry, slices):
-        elements = [
-            x if stack is None else _Packed(dataclasses.replace(x, layout=stack[1]), stack[2])
-            for x, stack in zip(slices, stacks, strict=True)
-        ]
+        elements = [x if stack is None else stack.element(x) for x, stack in zip(slices, stacks, strict=True)]
         results = _evaluate(body.jaxpr, body.consts, [*consts, *carry, *elements])
         for number, value in enumerate(results[count:]):
             same = [x for x, element in zip(xs, elements, strict=True) if value is element]
@@ -386,10 +383,23 @@ def _scan(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
     return [*carry, *(handed_on.get(number, y) for number, y in enumerate(ys))]
 
 
-def _stack(packed: _Packed) -> tuple[QuantizedTensor, Any, views.View] | None:
-    """A packed weight whose view is a stack of matrices along its leading axis: arrays with that axis leading, and the
-    layout and view of one element; None if it is no such stack."""
-    if not packed.is_plain or not packed.view.axes or packed.view.shape[0] == 1:
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """Packed weights one after another. arrays: with the stack's axis leading, and a factor where each has its own;
+    one: an element with the first one's arrays, which stand for nothing, and the factor they share."""
+
+    arrays: tuple[QuantizedTensor, Any]
+    one: _Packed
+
+    def element(self, arrays: tuple[QuantizedTensor, Any]) -> _Packed:
+        weight, factor = arrays
+        weight = dataclasses.replace(weight, layout=self.one.weight.layout)
+        return dataclasses.replace(self.one, weight=weight, factor=self.one.factor if factor is None else factor)
+
+
+def _stack(packed: _Packed) -> _Stack | None:
+    """A packed weight as a stack along the leading axis of its view; None if that is no axis of its batch."""
+    if packed.addend is not None or not packed.view.axes or packed.view.shape[0] == 1:
         return None
     layout = packed.weight.layout
     view = views.cut(packed.view, 0, 0, 1)
@@ -408,8 +418,11 @@ def _stack(packed: _Packed) -> tuple[QuantizedTensor, Any, views.View] | None:
         return jnp.moveaxis(apart, position, 0)
 
     index = tuple((0, size) for size in one.layout.shape)
-    arrays = jax.tree.map(leading, packed.weight)
-    return arrays, one.layout, view._replace(index=index, axes=view.axes[1:])
+    view = view._replace(index=index, axes=view.axes[1:])
+    own, shared = None, None
+    if packed.factor is not None:
+        own, shared = (packed.factor, None) if packed.factor.shape[0] > 1 else (None, packed.factor[0])
+    return _Stack((jax.tree.map(leading, packed.weight), own), _Packed(one, view, shared))
 
 
 def _while(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:

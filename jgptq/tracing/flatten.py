@@ -186,7 +186,7 @@ class Flattener:
         operands = []
         for operand in weight.operands:
             viewed = operand if operand.aval.shape == () != weight.aval.shape else view(operand)
-            if viewed is None or operand.aval.shape not in ((), weight.aval.shape):
+            if viewed is None:
                 return None
             operands.append(viewed)
         terms = tuple(
@@ -200,7 +200,9 @@ class Flattener:
         return Weight(aval, terms, weight.equation.replace(outvars=[jex.Var(aval)]), tuple(operands))
 
     def _viewed(self, equation: jex.JaxprEqn, operand: Any) -> Any:
-        """A one-operand equation's result for another operand of the same shape."""
+        """A one-operand equation's result for another operand of the same shape; None if it has another."""
+        if operand.aval.shape != equation.invars[0].aval.shape:
+            return None
         if isinstance(operand, Weight):
             aval = jax.core.ShapedArray(equation.outvars[0].aval.shape, operand.aval.dtype)
             found = self._follow(equation.replace(outvars=[jex.Var(aval)]), [operand], {})
@@ -392,7 +394,7 @@ class Flattener:
     def _layer(self, x: Any, step: int) -> Any:
         """x[step] of a stacked weight, or of what a stacked weight is computed with."""
         if not isinstance(x, Weight):
-            return self._element(x, step)
+            return self._element(x, step if x.aval.shape[0] > 1 else 0)
         aval = jax.core.ShapedArray(x.aval.shape[1:], x.aval.dtype, weak_type=x.aval.weak_type)
         if x.equation is not None:
             return self._spread(x, aval, lambda operand: self._layer(operand, step))
