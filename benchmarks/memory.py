@@ -1,0 +1,175 @@
+"""Peak memory of `jgptq quantize` on Llamas of about 1 GB, as the operating system counts it.
+
+    python benchmarks/memory.py                          # writes benchmarks/results/memory-cpu.json
+
+Makes a float32 Llama on disk and quantizes it in a process of its own, through the command line: parameters read
+lazily, finished weights in the journal, activations on the host, eight windows of 128 tokens. Two shapes of one size:
+
+    hidden 1024, intermediate 2816, 24 layers            # the largest tensor has 11.5 MB, its Hessian 32 MB
+    hidden  512, intermediate 1408, 90 layers            # 2.9 MB, 8 MB
+
+with heads of 64, a key/value head for four, and the bundled tokenizer's vocabulary of 1024. The first is measured
+again without the settings that the command line makes for its process (see jgptq.cli).
+
+The peak is ru_maxrss; VmHWM of /proc/<pid>/status, read every 20 ms, must agree. Both count every page the process had
+in memory, also those of the Python, JAX and XLA libraries: a process that imports the same modules and compiles one
+trivial function says how much that is. Linux only.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import jgptq
+from jgptq.models import MODELS, LanguageModel
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ROOT / "jgptq" / "demo_model"
+SHAPES = ((1024, 2816, 24), (512, 1408, 90))
+SAMPLES, SEQ_LEN = 8, 128
+COMMAND = [sys.executable, "-m", "jgptq.cli"]
+PLAIN = [sys.executable, "-c", "import sys; from jgptq import cli; sys.exit(cli.main(sys.argv[1:]))"]
+BASELINE = (
+    "import jgptq.cli, jax; jax.jit(lambda x: x + 1)(1.0).block_until_ready(); print('ready', flush=True); input()"
+)
+
+
+class Random:
+    """A leaf that is made when it is read, always the same: normal, as at initialization; norms are ones."""
+
+    def __init__(self, seed: int, leaf: jax.ShapeDtypeStruct):
+        self.seed, self.shape, self.ndim = seed, leaf.shape, len(leaf.shape)
+        self.dtype = np.dtype(np.float32)
+
+    def __getitem__(self, index):
+        if self.ndim == 1:
+            return np.ones(self.shape, self.dtype)[index]
+        random = np.random.default_rng(self.seed)
+        return (random.standard_normal(self.shape, np.float32) * np.float32(0.02))[index]
+
+
+def make_model(directory: Path, hidden: int, intermediate: int, layers: int) -> int:
+    """Writes the model; returns the bytes of its parameters."""
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 256}
+    config = MODELS["llama"].parse_config({"model_type": "llama", "vocab_size": 1024, **sizes, **heads})
+    model = LanguageModel(architecture=MODELS["llama"], config=config)
+    leaves, tree = jax.tree.flatten(model.parameter_shapes)
+    params = jax.tree.unflatten(tree, [Random(seed, leaf) for seed, leaf in enumerate(leaves)])
+    jgptq.save(directory, model, params, tokenizer_from=TOKENIZER, max_shard_bytes=300_000_000)
+    return sum(4 * math.prod(leaf.shape) for leaf in leaves)
+
+
+def status(pid: int) -> dict[str, int]:
+    """Bytes by field; {} for a process that has ended."""
+    lines = [line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    fields = ("VmHWM", "VmRSS", "RssAnon", "RssFile")
+    return {line[0][:-1]: 1024 * int(line[1]) for line in lines if line and line[0][:-1] in fields}
+
+
+def libraries() -> dict[str, int]:
+    """Memory of a process that did nothing but import the command line and compile a trivial function."""
+    process = subprocess.Popen([sys.executable, "-c", BASELINE], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    now = status(process.pid)
+    process.communicate(b"\n")
+    return now
+
+
+def measure(command: list[str]) -> dict:
+    """Runs the command; its peak, and what its memory consisted of when the most of it was seen."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    largest, peak = {"VmRSS": 0}, 0
+    while True:
+        pid, code, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            break
+        now = status(process.pid)
+        largest = max(largest, now, key=lambda seen: seen.get("VmRSS", 0))
+        peak = max(peak, now.get("VmHWM", 0))
+        time.sleep(0.02)
+    if code:
+        raise SystemExit(f"{' '.join(command)} ended with status {code}: {process.stderr.read().decode()}")
+    return {
+        "peak": 1024 * usage.ru_maxrss,
+        "VmHWM_seen": peak,
+        "at_the_largest_VmRSS_seen": largest,
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def case(home: Path, shape: tuple[int, int, int], program: list[str], baseline: int) -> dict:
+    hidden, intermediate, layers = shape
+    # Elsewhere, for a child's ru_maxrss starts with the memory of its parent.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        nbytes = pool.apply(make_model, (home / "model", *shape))
+    command = [*program, "quantize", str(home / "model"), str(home / "out"), "--calibration", str(home / "text.txt")]
+    run = measure([*command, "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN), "--offload", "host"])
+    # What waits on the host when it is most: the residual stream and the gated product, of all tokens.
+    activations = 4 * SAMPLES * SEQ_LEN * (hidden + intermediate)
+    return {
+        "hidden": hidden,
+        "intermediate": intermediate,
+        "layers": layers,
+        "process_settings": program is COMMAND,
+        "model_bytes": nbytes,
+        "quantized_bytes": sum(file.stat().st_size for file in (home / "out").glob("*.safetensors")),
+        "activation_bytes": activations,
+        **run,
+        "peak_less_activations": run["peak"] - activations,
+        "peak_less_activations_and_libraries": run["peak"] - activations - baseline,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "memory-cpu.json")
+    options = parser.parse_args()
+    alone = libraries()
+    cases = []
+    for shape, program in ((SHAPES[0], COMMAND), (SHAPES[1], COMMAND), (SHAPES[0], PLAIN)):
+        with tempfile.TemporaryDirectory(prefix="jgptq-memory-") as name:
+            home = Path(name)
+            (home / "text.txt").write_text("\n".join(f.read_text() for f in sorted((ROOT / "jgptq").rglob("*.py"))))
+            cases.append(case(home, shape, program, alone["VmRSS"]))
+        print("\n".join(f"{name:40} {value}" for name, value in cases[-1].items()), flush=True)
+    result = {
+        "command": "python benchmarks/memory.py",
+        "device": f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores, {platform.system()}",
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+            "jgptq": jgptq.__version__,
+        },
+        "dtype": "float32",
+        "tokens": SAMPLES * SEQ_LEN,
+        "libraries": alone,
+        "cases": cases,
+    }
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"libraries alone {alone['VmRSS'] / 1e6:,.0f} MB; in MB:")
+    print(f"{'shape':>18} {'settings':>8} {'model':>7} {'peak':>6} {'less act.':>9} {'less act. and libraries':>23}")
+    for row in cases:
+        sizes = [row["model_bytes"], row["peak"], row["peak_less_activations"]]
+        figures = [f"{size / 1e6:,.0f}" for size in (*sizes, row["peak_less_activations_and_libraries"])]
+        shape = f"{row['hidden']}, {row['intermediate']}, {row['layers']}"
+        made = "made" if row["process_settings"] else "none"
+        print(f"{shape:>18} {made:>8} {figures[0]:>7} {figures[1]:>6} {figures[2]:>9} {figures[3]:>23}")
+
+
+if __name__ == "__main__":
+    main()
