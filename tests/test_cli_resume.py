@@ -194,6 +194,26 @@ def test_a_changed_run_is_refused_and_told_what_differs(name, home, unfinished, 
     assert {file.name: file.stat().st_mtime_ns for file in journal_of(unfinished).iterdir()} == before
 
 
+def test_an_interruption_that_is_swallowed_stops_after_the_weight(home, capsys, monkeypatch):
+    """A callback of the garbage collector, such as JAX has, can raise nothing."""
+
+    def swallowing(*arguments, progress, **options):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        numbers = dict.fromkeys(("loss", "relative_error", "rtn_error", "damp", "seconds"), 0.0)
+        counts = dict.fromkeys(("bits", "group_size", "nbytes", "tokens"), 1)
+        progress(
+            cli.Row(path="w", shape=(1,), method="rtn", symmetric=False, notes=(), **numbers, **counts), 1, WEIGHTS
+        )
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(cli, "quantize", swallowing)
+    assert cli.main(arguments(home, home / "none")) == 130
+    assert capsys.readouterr().err == "jgptq: interrupted; nothing was written\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_two_runs_to_one_output_are_refused(home, unfinished, capsys):
     identity = json.loads((journal_of(unfinished) / "identity.json").read_text())
     with Journal(journal_of(unfinished), identity, row_type=cli.Row):

@@ -111,8 +111,11 @@ class Journal(MutableMapping):
         specs = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
         file = self._directory / f"{quote(path, safe='')}{SUFFIX}"
         metadata["sha256"] = _digest(metadata, arrays)
-        _appear(file, lambda partial: tensor_file.write(partial, specs, arrays.items(), metadata))
-        self._finished[path] = file
+        try:
+            _appear(file, lambda partial: tensor_file.write(partial, specs, arrays.items(), metadata))
+        finally:  # An interruption may come when the file is there already.
+            if file.is_file():
+                self._finished[path] = file
 
     def _read(self, path: str, file: Path, *, digest: bool = False) -> tuple[QuantizedTensor, Any]:
         """A weight with lazy arrays, and its row; ValueError if the file is not as `__setitem__` wrote it.

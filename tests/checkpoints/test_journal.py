@@ -266,6 +266,18 @@ def test_a_failed_write_leaves_the_old_weight(tmp_path, monkeypatch):
         assert journal["a"][1].loss == 1.0
 
 
+def test_an_interruption_after_the_file_appeared_counts_the_weight(tmp_path, monkeypatch):
+    def interrupt(directory):
+        raise KeyboardInterrupt
+
+    with open_journal(tmp_path / "journal") as journal:
+        monkeypatch.setattr(journal_file.tensor_file, "sync_directory", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            journal["a"] = WEIGHTS["plain"], row("a")
+        assert list(journal) == ["a"]
+    assert os.path.exists(tmp_path / "journal" / "a.safetensors")
+
+
 def test_a_second_process_is_refused_while_the_first_has_it_open(tmp_path):
     """The other process is one of its own, without JAX: it tries the lock that the journal says it takes."""
     pytest.importorskip("fcntl")
