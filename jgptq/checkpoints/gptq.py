@@ -14,19 +14,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jgptq import grid as grids
 from jgptq import packing, tensor
-from jgptq.checkpoints.layout import ExpectedTensor, Format
+from jgptq.checkpoints.layout import (
+    FLOATS,
+    ExpectedTensor,
+    Format,
+    pack,
+    pack_rows,
+    permutation_of,
+    unpack,
+    unpack_rows,
+)
 
-# One program for each shape, where the unjitted functions would compile each of their shifts.
-pack = jax.jit(packing.pack, static_argnames="bits")
-unpack = jax.jit(packing.unpack, static_argnames=("bits", "length"))
-
-FLOATS = ("F16", "BF16", "F32")
 VERSIONS = ("gptq", "gptq_v2")
 
 
@@ -113,21 +116,25 @@ def expected(settings: Settings, module: str, in_features: int, out_features: in
 
 
 def decode(
-    settings: Settings, module: str, tensors: Mapping[str, np.ndarray], dtype: Any | None
+    settings: Settings,
+    module: str,
+    shape: tuple[int, int],
+    tensors: Mapping[str, np.ndarray],
+    dtype: Any | None,
 ) -> tensor.QuantizedTensor:
     """One module's tensors, checked against `expected`, as a QuantizedTensor.
 
     dtype: of the logical array, where the config's meta does not say; None: that of the scales.
     """
     own = settings.of(module)
-    scales, in_features = tensors["scales"], len(tensors["g_idx"])
+    scales, (in_features, out_features) = tensors["scales"], shape
     group_size = own.group_length(in_features)
     words = jnp.asarray(tensors["qweight"].view(np.uint32))
-    permutation = _permutation(module, tensors["g_idx"], group_size)
+    permutation = permutation_of(f"{module}.g_idx", tensors["g_idx"], group_size)
     if permutation is not None:
         codes = unpack(words, bits=own.bits, length=in_features)
         words = pack(codes[permutation], bits=own.bits)
-    zeros = _zeros(settings, module, tensors["qzeros"].view(np.uint32), scales.shape[1])
+    zeros = _zeros(settings, module, tensors["qzeros"].view(np.uint32), out_features)
     return tensor.QuantizedTensor(
         codes=words,
         scales=jnp.asarray(scales),
@@ -136,7 +143,7 @@ def decode(
         bits=own.bits,
         group_size=group_size,
         dtype=jnp.dtype(settings.dtypes.get(module) or dtype or scales.dtype),
-        layout=tensor.Layout.dense(in_features, scales.shape[1]),
+        layout=tensor.Layout.dense(in_features, out_features),
     )
 
 
@@ -191,25 +198,10 @@ def encode(settings: Settings, weight: tensor.QuantizedTensor) -> dict[str, np.n
     fields = zeros - 1 if settings.version == "gptq" else zeros
     return {
         "qweight": np.asarray(words).view(np.int32),
-        "qzeros": np.ascontiguousarray(np.asarray(pack(fields.T, bits=weight.bits)).T).view(np.int32),
+        "qzeros": pack_rows(fields, weight.bits),
         "scales": np.asarray(weight.scales),
         "g_idx": groups,
     }
-
-
-def _permutation(module: str, groups: np.ndarray, group_size: int) -> np.ndarray | None:
-    """Input numbers in order of their groups, ties in natural order; None if that is the natural order."""
-    natural = np.arange(len(groups), dtype=np.int32) // group_size
-    if np.array_equal(groups, natural):
-        return None
-    permutation = np.argsort(groups, kind="stable").astype(np.int32)
-    if not np.array_equal(groups[permutation], natural):
-        raise ValueError(
-            f"{module}.g_idx: values {groups.min()} .. {groups.max()} do not put {group_size} of the "
-            f"{len(groups)} inputs in each of groups 0 .. {natural[-1]}, the last one perhaps short; "
-            "the file is damaged, or its group_size is wrong"
-        )
-    return permutation
 
 
 def _zeros(settings: Settings, module: str, words: np.ndarray, out_features: int) -> np.ndarray | None:
@@ -218,7 +210,7 @@ def _zeros(settings: Settings, module: str, words: np.ndarray, out_features: int
     A symmetric weight's fields tell by themselves which version they are; files exist with the wrong label.
     """
     own = settings.of(module)
-    fields = _unpack_across(words, own.bits, out_features)
+    fields = unpack_rows(words, own.bits, out_features)
     midpoint, largest = 2 ** (own.bits - 1), 2**own.bits - 1
     if own.symmetric and ((fields == midpoint).all() or (fields == midpoint - 1).all()):
         return None
@@ -236,11 +228,7 @@ def _zeros(settings: Settings, module: str, words: np.ndarray, out_features: int
     if own.bits == 3:
         return (fields + np.uint8(1)) & np.uint8(largest)
     ones = np.uint32(sum(1 << shift for shift in range(0, 32, own.bits)))
-    return _unpack_across(words + ones, own.bits, out_features)
-
-
-def _unpack_across(words: np.ndarray, bits: int, length: int) -> np.ndarray:
-    return np.asarray(unpack(jnp.asarray(words.T), bits=bits, length=length)).T.astype(np.uint8)
+    return unpack_rows(words + ones, own.bits, out_features)
 
 
 def _commonest(values: Any) -> Any:

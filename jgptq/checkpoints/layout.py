@@ -4,9 +4,17 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from jgptq import packing
 from jgptq.tensor import QuantizedTensor
+
+# One program for each shape, where the unjitted functions would compile each of their shifts.
+pack = jax.jit(packing.pack, static_argnames="bits")
+unpack = jax.jit(packing.unpack, static_argnames=("bits", "length"))
+
+FLOATS = ("F16", "BF16", "F32")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +34,10 @@ class Format:
     parse: quantization_config -> Settings; ValueError for what is not supported.
     expected: (Settings, module, in_features, out_features) -> tensors by the last part of their names. One that may
         have several dtypes is written in that of the weight's scales.
-    decode: (Settings, module, tensors, logical dtype or None) -> QuantizedTensor; tensors already checked.
-    describe: (weights by module, modules left alone, dtype of the model) -> quantization_config.
+    decode: (Settings, module, (in_features, out_features), tensors, logical dtype or None) -> QuantizedTensor; tensors
+        already checked.
+    describe: (weights by module, modules left alone, dtype of the model) -> quantization_config; ValueError that
+        names every weight the format cannot hold.
     encode: (Settings, weight) -> tensors, in the order of `expected`; decode(encode(weight)) is bit for bit the weight.
     """
 
@@ -35,6 +45,50 @@ class Format:
     marker: str
     parse: Callable[[Mapping[str, Any]], Any]
     expected: Callable[[Any, str, int, int], dict[str, ExpectedTensor]]
-    decode: Callable[[Any, str, Mapping[str, np.ndarray], Any], QuantizedTensor]
+    decode: Callable[[Any, str, tuple[int, int], Mapping[str, np.ndarray], Any], QuantizedTensor]
     describe: Callable[[Mapping[str, QuantizedTensor], Sequence[str], Any], dict[str, Any]]
     encode: Callable[[Any, QuantizedTensor], dict[str, np.ndarray]]
+
+
+def check_holds(
+    format: str, weights: Mapping[str, QuantizedTensor], problem: Callable[[QuantizedTensor], str | None]
+) -> None:
+    """ValueError that names every weight with a problem, by the first of its kind."""
+    problems: dict[str, list[str]] = {}
+    for module, weight in weights.items():
+        if reason := problem(weight):
+            problems.setdefault(reason, []).append(module)
+    if problems:
+        told = "; ".join(
+            f"{modules[0]}{f' and {len(modules) - 1} more' if len(modules) > 1 else ''}: {reason}"
+            for reason, modules in problems.items()
+        )
+        raise ValueError(f"{format!r} checkpoints cannot hold these weights as they are: {told}")
+
+
+def unpack_rows(words: np.ndarray, bits: int, length: int) -> np.ndarray:
+    """(rows, words) along the last axis -> (rows, length) uint8."""
+    return np.asarray(unpack(words.T, bits=bits, length=length)).T.astype(np.uint8)
+
+
+def pack_rows(values: Any, bits: int) -> np.ndarray:
+    """The inverse of `unpack_rows`, as int32 words."""
+    return np.ascontiguousarray(np.asarray(pack(values.T, bits=bits)).T).view(np.int32)
+
+
+def permutation_of(name: str, groups: np.ndarray, group_size: int) -> np.ndarray | None:
+    """Input numbers in order of their groups, ties in natural order; None if that is the natural order.
+
+    name: of the tensor that `groups` (in,) is. ValueError unless each group has its number of inputs.
+    """
+    natural = np.arange(len(groups), dtype=np.int32) // group_size
+    if np.array_equal(groups, natural):
+        return None
+    permutation = np.argsort(groups, kind="stable").astype(np.int32)
+    if not np.array_equal(groups[permutation], natural):
+        raise ValueError(
+            f"{name}: values {groups.min()} .. {groups.max()} do not put {group_size} of the "
+            f"{len(groups)} inputs in each of groups 0 .. {natural[-1]}, the last one perhaps short; "
+            "the file is damaged, or its group_size is wrong"
+        )
+    return permutation

@@ -120,10 +120,12 @@ class LazyStack:
 class _Plan:
     """How one parameter is read: for each module, what the checkpoint must hold, by full name.
 
+    shape: of one module's part of the parameter.
     stacked: the parameter is a stack of the modules', even if there is but one.
     """
 
     modules: dict[str, dict[str, ExpectedTensor]]
+    shape: tuple[int, ...]
     packed: bool
     transposed: bool
     stacked: bool
@@ -186,7 +188,7 @@ def _plan(
             plans[module] = {f"{module}.{part}": wanted for part, wanted in parts.items()}
         else:
             plans[module] = {name: ExpectedTensor(shape=shape[::-1] if transposed else shape, dtypes=FLOATS)}
-    return _Plan(modules=plans, packed=packed, transposed=transposed, stacked=stacked)
+    return _Plan(modules=plans, shape=shape, packed=packed, transposed=transposed, stacked=stacked)
 
 
 def _check(checkpoint: huggingface.Checkpoint, plans: Sequence[_Plan]) -> None:
@@ -231,7 +233,7 @@ def _read(
     for module, tensors in plan.modules.items():
         arrays = {name.rpartition(".")[2]: checkpoint.tensors[name][...] for name in tensors}
         try:
-            weights.append(packing.decode(settings, module, arrays, stored_dtype))
+            weights.append(packing.decode(settings, module, plan.shape, arrays, stored_dtype))
         except ValueError as error:
             raise ValueError(f"{checkpoint.directory}: {error}") from error
     weight = _stack(checkpoint, list(plan.modules), weights) if plan.stacked else weights[0]

@@ -90,7 +90,7 @@ def test_a_module_survives_bit_for_bit(bits, symmetric, group_size, permuted):
     tensors = gptq.encode(settings, one)
     expected = gptq.expected(settings, "layer", 172, 13)
     assert {part: array.shape for part, array in tensors.items()} == {p: want.shape for p, want in expected.items()}
-    assert_identical(gptq.decode(settings, "layer", tensors, "float32"), one)
+    assert_identical(gptq.decode(settings, "layer", one.shape, tensors, "float32"), one)
 
 
 @pytest.mark.parametrize("scale_dtype", grid.SCALE_DTYPES)
@@ -98,7 +98,7 @@ def test_scales_keep_their_dtype(scale_dtype):
     one = weight(in_features=64, out_features=8, bits=4, group_size=32, scale_dtype=scale_dtype)
     tensors = gptq.encode(settings_of(one), one)
     assert tensors["scales"].dtype == jnp.dtype(scale_dtype)
-    assert_identical(gptq.decode(settings_of(one), "layer", tensors, "float32"), one)
+    assert_identical(gptq.decode(settings_of(one), "layer", one.shape, tensors, "float32"), one)
 
 
 def test_permuted_codes_lie_in_the_natural_order_of_the_inputs():
@@ -117,7 +117,7 @@ def test_symmetric_zeros_are_known_whatever_the_label(stored, label):
     settings = settings_of(one, checkpoint_format=label)
     tensors = gptq.encode(settings, one)
     tensors["qzeros"] = np.full((1, 2), stored * 0x11111111, np.uint32).view(np.int32)
-    assert_identical(gptq.decode(settings, "layer", tensors, "float32"), one)
+    assert_identical(gptq.decode(settings, "layer", one.shape, tensors, "float32"), one)
 
 
 def first_version(words, *, bits=4, quantizer=None, out_features=8):
@@ -126,7 +126,7 @@ def first_version(words, *, bits=4, quantizer=None, out_features=8):
     settings = settings_of(one, checkpoint_format="gptq", meta={"quantizer": quantizer})
     tensors = gptq.encode(dataclasses.replace(settings, version="gptq_v2"), one)
     tensors["qzeros"] = np.array([words], np.uint32).view(np.int32)
-    return np.asarray(gptq.decode(settings, "layer", tensors, None).zeros)[0].tolist()
+    return np.asarray(gptq.decode(settings, "layer", one.shape, tensors, None).zeros)[0].tolist()
 
 
 def test_asymmetric_zeros_of_the_first_version_gain_one():
@@ -154,7 +154,7 @@ def test_group_numbers_that_fill_no_groups_are_refused():
     for damaged in (np.zeros(64, np.int32), np.arange(64, dtype=np.int32) // 16, np.full(64, -1, np.int32)):
         tensors = gptq.encode(settings, one) | {"g_idx": damaged}
         with pytest.raises(ValueError, match=r"layer.g_idx: values .* do not put 32 of the 64 inputs in each"):
-            gptq.decode(settings, "layer", tensors, None)
+            gptq.decode(settings, "layer", one.shape, tensors, None)
 
 
 def test_config_names_the_weights_that_differ():
