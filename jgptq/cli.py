@@ -20,15 +20,18 @@ from typing import Any, NoReturn
 
 import jax
 import jaxlib
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
 
 import jgptq
-from jgptq import calibration, demo
+from jgptq import calibration, demo, documents
+from jgptq.chat import ChatTemplate, load_chat_template
 from jgptq.checkpoints import Journal, fingerprint, load, remove_partial, save, size_and_hash
-from jgptq.generate import generate
+from jgptq.generate import TextStream, generate
 from jgptq.grid import BITS, Grid
-from jgptq.perplexity import compare, perplexity
+from jgptq.perplexity import compare, count_scored, perplexity
 from jgptq.quantize import Options, Row, Rule, quantize
 from jgptq.report import nbytes, read_report, report_html, report_json, report_table, weights_table
 from jgptq.solvers import METHODS
@@ -36,6 +39,9 @@ from jgptq.solvers import METHODS
 REPORT_FILE = "quantization_report.json"
 REPORT_PAGE = "quantization_report.html"
 MEMORY = "try a smaller --seq-len, or with quantize --offload host, which goes on from the finished weights"
+
+TEXTS = "UTF-8 text, .jsonl with a text or messages a line, or such a file of a dataset, hf://datasets/owner/name/file"
+CHAT_TEMPLATE = "put conversations, and texts as the user's message, into the model's own chat template"
 
 EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
@@ -93,7 +99,14 @@ def _parser() -> _Parser:
     )
     sub.add_argument("model", help="directory with config.json and safetensors, or a hub id")
     sub.add_argument("out", type=Path, help="directory to make; must not exist")
-    sub.add_argument("--calibration", required=True, metavar="FILE", help="UTF-8 text to calibrate on")
+    sub.add_argument("--calibration", required=True, metavar="FILE", help=f"what to calibrate on: {TEXTS}")
+    sub.add_argument("--chat-template", action="store_true", help=CHAT_TEMPLATE)
+    sub.add_argument(
+        "--no-pack",
+        dest="pack",
+        action="store_false",
+        help="draw each window from a single document, leaving out those too short, rather than from all joined",
+    )
     sub.add_argument("--bits", type=int, default=4, choices=BITS)
     sub.add_argument(
         "--group-size", type=int, default=128, metavar="N", help="inputs that share a scale; -1: all (default 128)"
@@ -128,22 +141,34 @@ def _parser() -> _Parser:
         "jgptq eval out --text held_out.txt --against Llama-3.2-1B",
     )
     sub.add_argument("model", help="model directory, float or packed")
-    sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to evaluate on")
+    sub.add_argument("--text", required=True, metavar="FILE", help=f"what to evaluate on: {TEXTS}")
+    sub.add_argument("--chat-template", action="store_true", help=CHAT_TEMPLATE)
     sub.add_argument("--against", metavar="MODEL", help="the float model to compare with")
     sub.add_argument("--tokens", type=int, metavar="N", help="evaluate the first N tokens (default: all)")
     sub.add_argument(
         "--seq-len", type=int, metavar="N", help="tokens in a window (default: the model's context, at most 2048)"
+    )
+    sub.add_argument("--stride", type=int, metavar="N", help="overlapping windows, N tokens apart; scores what is new")
+    sub.add_argument(
+        "--protocol",
+        choices=("windows", "gptq"),
+        default="windows",
+        help="windows (default): documents packed, BOS in front of each window; gptq: the GPTQ paper's, the text as "
+        "one, no BOS put in front of a window, the last one left out unless it is full",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command(
         "generate",
         _generate,
-        "Complete a prompt.",
+        "Complete a prompt, printing text as it comes.",
         'jgptq generate out --prompt "Once upon a time" --max-new-tokens 64',
     )
     sub.add_argument("model", help="model directory, float or packed")
-    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--prompt", required=True, metavar="TEXT", help="the text to complete; -: standard input")
+    sub.add_argument(
+        "--chat", action="store_true", help="take the prompt as a user's message and print the model's answer alone"
+    )
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     sub.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     sub.add_argument("--top-k", type=int, metavar="K")
@@ -179,13 +204,20 @@ def _quantize(options: argparse.Namespace) -> None:
     rules = [_rule(rule, options.symmetric) for rule in options.rules or ()]
     model, params = load(options.model, lazy=True)
     tokenizer = calibration.load_tokenizer(model.source)
-    window = {"samples": options.samples, "seq_len": _window(model, options.seq_len), "seed": options.seed}
-    batches = calibration.batches(options.calibration, tokenizer, **window)
+    texts = documents.locate(options.calibration)
+    window = {
+        "samples": options.samples,
+        "seq_len": _window(model, options.seq_len),
+        "seed": options.seed,
+        "pack": options.pack,
+    }
+    template = _chat_template(options, model)
+    batches = calibration.batches(texts, tokenizer, **window, chat_template=template)
     settings = {"grid": grid, "method": METHODS[options.method], "rules": rules}
     directory = options.out.absolute().parent / f".{options.out.name}.jgptq-unfinished"
     with _interruptible() as check, _progress() as progress:
         task = progress.add_task("reading the model's files", total=None, loss="")
-        identity = _identity(options.calibration, model.source, settings, window)
+        identity = _identity(texts, model.source, settings, window | {"chat template": options.chat_template})
         progress.update(task, description="tracing")
         with Journal(directory, identity, row_type=Row) as finished, _keeping(finished, directory):
             remove_partial(options.out)
@@ -290,7 +322,7 @@ def _rule(arguments: Sequence[str], symmetric: bool) -> Rule:
     return pattern, Options(grid=_grid(bits, group_size, symmetric, f"--rule {pattern} {bits}"))
 
 
-def _identity(text: str, model: Path, settings: dict[str, Any], window: dict[str, int]) -> dict[str, Any]:
+def _identity(text: Path, model: Path, settings: dict[str, Any], window: dict[str, int]) -> dict[str, Any]:
     """Everything that the quantized model's bytes depend on."""
     device = jax.devices()[0]
     # XLA cuts sums on a CPU by the number of its cores: one and two cores gave different codes.
@@ -304,7 +336,7 @@ def _identity(text: str, model: Path, settings: dict[str, Any], window: dict[str
         "64 bits": jax.config.jax_enable_x64,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "").removeprefix(EMITTERS).strip(),
         **{f"the model's {name}": content for name, content in fingerprint(model).items()},
-        "calibration": size_and_hash(Path(text)),
+        "calibration": size_and_hash(text),
         **{name: repr(value) for name, value in settings.items()},
         **window,
     }
@@ -312,13 +344,7 @@ def _identity(text: str, model: Path, settings: dict[str, Any], window: dict[str
 
 def _eval(options: argparse.Namespace) -> None:
     model, params = load(options.model)
-    tokenizer = calibration.load_tokenizer(model.source)
-    tokens = calibration.encode(calibration.read_documents(options.text), tokenizer)
-    if options.tokens is not None:
-        if options.tokens < 2:
-            raise ValueError(f"--tokens {options.tokens}; give at least 2")
-        tokens = tokens[: options.tokens]
-    settings = {"seq_len": _window(model, options.seq_len), "bos_token_id": calibration.bos_token(tokenizer)}
+    tokens, settings = _evaluation_tokens(options, model, calibration.load_tokenizer(model.source))
     with _progress() as progress:
         task = progress.add_task("evaluating", total=None, loss="")
 
@@ -331,10 +357,14 @@ def _eval(options: argparse.Namespace) -> None:
                 compare(model, params, reference, reference_params, tokens, **settings, progress=advance)
             )
         else:
-            result = {"perplexity": perplexity(model, params, tokens, **settings, progress=advance)}
+            result = {
+                "tokens": count_scored(model, tokens, **settings),
+                "perplexity": perplexity(model, params, tokens, **settings, progress=advance),
+            }
     if math.isnan(result["perplexity"]):
         raise ValueError(f"the logits of {options.model} are NaN on this text; check its weights for NaN or infinity")
-    result = {"model": str(options.model), "text": str(options.text), "text_tokens": len(tokens), **settings} | result
+    asked = {name: getattr(options, name) for name in ("model", "against", "text", "protocol", "chat_template")}
+    result = asked | {"text_tokens": tokens.size} | settings | result | _versions()
     if options.json:
         print(json.dumps(result, indent=1))
     else:
@@ -342,12 +372,49 @@ def _eval(options: argparse.Namespace) -> None:
             print(f"{name.replace('_', ' '):22}", f"{value:.5f}" if isinstance(value, float) else value)
 
 
+def _evaluation_tokens(
+    options: argparse.Namespace, model: Any, tokenizer: Tokenizer
+) -> tuple[np.ndarray, dict[str, int | None]]:
+    """What to score, by the protocol asked for, and how."""
+    if options.tokens is not None and options.tokens < 2:
+        raise ValueError(f"--tokens {options.tokens}; give at least 2")
+    length = _window(model, options.seq_len)
+    if options.protocol == "gptq":
+        for name, given in (("--stride", options.stride), ("--chat-template", options.chat_template or None)):
+            if given is not None:
+                raise ValueError(f"{name} is no part of the GPTQ paper's protocol; leave it or --protocol gptq out")
+        windows = calibration.gptq_windows(options.text, tokenizer, seq_len=length)
+        count = len(windows) if options.tokens is None else options.tokens // length
+        if count == 0:
+            raise ValueError(f"--tokens {options.tokens} is less than one window; give at least {length}")
+        return windows[:count], {"seq_len": length, "stride": None, "bos_token_id": None}
+    texts = documents.read_documents(options.text)
+    tokens = calibration.encode(texts, tokenizer, _chat_template(options, model))[: options.tokens]
+    bos = calibration.bos_token(tokenizer)
+    return tokens, {"seq_len": length, "stride": options.stride, "bos_token_id": bos}
+
+
+def _chat_template(options: argparse.Namespace, model: Any) -> ChatTemplate | None:
+    return load_chat_template(model.source) if options.chat_template else None
+
+
+def _versions() -> dict[str, str]:
+    device = jax.devices()[0]
+    return {"jgptq": jgptq.__version__, "jax": jax.__version__, "device": f"{device.platform} {device.device_kind}"}
+
+
 def _generate(options: argparse.Namespace) -> None:
     model, params = load(options.model)
     tokenizer = calibration.load_tokenizer(model.source)
-    prompt = tokenizer.encode(options.prompt).ids
-    stop = model.config.eos_token_id
-    ids = generate(
+    text = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    if options.chat:
+        message = {"role": "user", "content": text}
+        text = load_chat_template(model.source).render([message], add_generation_prompt=True)
+    prompt = tokenizer.encode(text, add_special_tokens=not options.chat).ids
+    stream = TextStream(tokenizer, prompt)
+    if options.chat:
+        stream.rest()  # the prompt is not printed
+    generate(
         model,
         params,
         prompt,
@@ -356,9 +423,25 @@ def _generate(options: argparse.Namespace) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
         key=jax.random.key(options.seed),
-        stop_token_ids=() if stop is None else (stop,) if isinstance(stop, int) else tuple(stop),
+        stop_token_ids=_stop_tokens(model),
+        on_token=lambda tokens: print(stream.add(int(tokens[0])), end="", flush=True),
     )
-    print(tokenizer.decode(ids.tolist()))
+    print(stream.rest())
+
+
+def _stop_tokens(model: Any) -> tuple[int, ...]:
+    """The tokens that end a text: config.json's, or of generation_config.json, which may add the end of an answer."""
+    file = model.source / "generation_config.json"
+    stop = model.config.eos_token_id
+    if file.is_file():
+        try:
+            stop = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", stop)
+        except (ValueError, RecursionError, AttributeError) as error:
+            raise ValueError(f"{file} is not a JSON object ({error}); fetch it again, or remove it") from error
+    stop = () if stop is None else (stop,) if isinstance(stop, int) else stop
+    if not isinstance(stop, list | tuple) or not all(isinstance(token, int) for token in stop):
+        raise ValueError(f"{file}: eos_token_id is {stop!r}; it must be an integer or a list of them")
+    return tuple(stop)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -3,9 +3,12 @@
 The prompts are read once; every new token then goes alone, and looks at those before it through a cache of their keys
 and values. Prompts of unequal length are filled up at their ends. A token's place in the cache is its position, so
 what fills a row up is overwritten by the row's own next tokens before any of them looks there.
+
+`TextStream` turns tokens into text as they come.
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 BUCKET = 64  # prompts and caches have lengths that are multiples of this, so that similar ones share a program
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a token that stands for one byte of a character
 CHUNK = 32  # tokens between two looks at whether all sequences have ended
 
 
@@ -91,6 +95,38 @@ def generate(
             columns.extend(np.asarray(new)[:left])
     results = [_ended(prompt, [int(column[row]) for column in columns]) for row, prompt in enumerate(prompts)]
     return results[0] if single else results
+
+
+class TextStream:
+    """The text of a growing sequence of tokens, piece by piece: joined, what `tokenizer.decode` makes of all of them.
+
+    Text is given out once no token to come can change it. A character of several tokens comes with the last of them;
+    tokens that stand for bytes come with the first other token, since one bad byte spoils the run that it stands in.
+    tokenizer: of the tokenizers package, with whose `decode` special tokens are no text.
+    prompt_ids: how the sequence begins; their text comes with the first piece, or alone from `rest`.
+    """
+
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] | np.ndarray = ()):
+        self._tokenizer = tokenizer
+        self._ids = [int(token) for token in prompt_ids]
+        self._told = 0
+
+    def add(self, token: int) -> str:
+        """By what the text has surely become longer with one more token; often nothing."""
+        self._ids.append(token)
+        # A special token does not end a run of bytes.
+        if not self._tokenizer.decode([token]) or BYTE.fullmatch(self._tokenizer.id_to_token(token) or ""):
+            return ""
+        return self._new(self._tokenizer.decode(self._ids).rstrip("\ufffd"))
+
+    def rest(self) -> str:
+        """What is left to give out, if no token comes any more or it does not matter."""
+        return self._new(self._tokenizer.decode(self._ids))
+
+    def _new(self, text: str) -> str:
+        piece = text[self._told :]
+        self._told += len(piece)
+        return piece
 
 
 def draw_token(

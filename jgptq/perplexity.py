@@ -5,6 +5,15 @@ seq_len tokens of the stream, or BOS and seq_len - 1 of them. The first of its s
 neither: inside a document, BOS promises a beginning that does not come. Every other token is scored, once, given all
 that precedes it in its window. The last window may be shorter: padding fills it and is not scored. Perplexity is exp
 of the mean negative log-likelihood over scored tokens. Log-likelihoods are float32, their sums float64.
+
+With a stride, each window begins that many tokens after the one before, as in Hugging Face's guide "Perplexity of
+fixed-length models", and only what no earlier window held is scored: every token but the first of the stream, and after
+the first window with at least the window's length less the stride in front of it. A stride of the whole window is the
+protocol above.
+
+The GPTQ paper's figure [Frantar et al. 2023] is the perplexity of the windows of `jgptq.calibration.gptq_windows`: the
+whole text as one, 2048 tokens a window, no BOS put in front of any, no shorter last window. The paper takes the mean of
+the windows' mean losses, which is that over tokens, since all windows score equally many.
 """
 
 import dataclasses
@@ -44,6 +53,7 @@ def perplexity(
     token_ids: Tokens,
     *,
     seq_len: int | None = None,
+    stride: int | None = None,
     bos_token_id: int | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
@@ -53,14 +63,27 @@ def perplexity(
     token_ids: one stream, or (n, length) windows cut already. Windows are scored as rows: with BOS in front (then
         length is seq_len - 1) if `bos_token_id` is given, else as they are (then length is seq_len).
     seq_len: tokens in a window, BOS included; None: the model's context for a stream.
+    stride: tokens from one window of a stream to the next, BOS not counted; None: windows do not overlap.
     progress: called after each batch with the number of windows done and of all windows.
     NaN or infinity in the logits shows as a perplexity of nan or inf.
     """
-    windows, scored = _windows(model, token_ids, seq_len, bos_token_id)
+    windows, scored = _windows(model, token_ids, seq_len, stride, bos_token_id)
     total = 0.0
     for batch, mask in _batches(windows, scored, batch_size, progress):
         total += np.asarray(_losses(model, params, batch), np.float64)[mask].sum()
     return _exp(total / scored.sum())
+
+
+def count_scored(
+    model: Any,
+    token_ids: Tokens,
+    *,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    bos_token_id: int | None = None,
+) -> int:
+    """How many tokens `perplexity` and `compare` score with these options."""
+    return int(_windows(model, token_ids, seq_len, stride, bos_token_id)[1].sum())
 
 
 def compare(
@@ -71,6 +94,7 @@ def compare(
     token_ids: Tokens,
     *,
     seq_len: int | None = None,
+    stride: int | None = None,
     bos_token_id: int | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
@@ -84,8 +108,10 @@ def compare(
             f"the model has {model.config.vocab_size} tokens in its vocabulary and the reference "
             f"{reference_model.config.vocab_size}; distributions are compared between models of one vocabulary"
         )
-    _windows(reference_model, token_ids, seq_len, bos_token_id)  # the reference's context must hold a window too
-    windows, scored = _windows(model, token_ids, seq_len, bos_token_id)
+    _windows(
+        reference_model, token_ids, seq_len, stride, bos_token_id
+    )  # the reference's context must hold a window too
+    windows, scored = _windows(model, token_ids, seq_len, stride, bos_token_id)
     totals = np.zeros(4)
     for batch, mask in _batches(windows, scored, batch_size, progress):
         rows = _distances(model, params, reference_model, reference_params, batch)
@@ -131,34 +157,45 @@ def _token_losses(
 
 
 def _windows(
-    model: Any, token_ids: Tokens, seq_len: int | None, bos_token_id: int | None
+    model: Any, token_ids: Tokens, seq_len: int | None, stride: int | None, bos_token_id: int | None
 ) -> tuple[Int[np.ndarray, "n seq"], Bool[np.ndarray, "n seq-1"]]:
     """Windows with BOS in front, padded, and which of their tokens after the first are scored."""
     token_ids = np.asarray(token_ids)
     bos = [] if bos_token_id is None else [bos_token_id]
     _check_tokens(token_ids, bos, model.config.vocab_size)
-    context = model.config.max_position_embeddings
+    content = _window_length(token_ids, seq_len, len(bos), model.config.max_position_embeddings) - len(bos)
+    if stride is not None and token_ids.ndim == 2:
+        raise ValueError(f"stride={stride}, but windows were given; give one stream of tokens, or leave stride out")
+    if stride is not None and not 1 <= stride <= content:
+        raise ValueError(f"stride={stride}; give between 1 and {content}, what a window holds of the stream")
+    step = stride or content
+    count = 1 + max(0, -(-(token_ids.size - content) // step))
+    offsets = np.arange(content)
+    places = step * np.arange(count)[:, None] + offsets
+    tokens = np.where(places < token_ids.size, token_ids.ravel()[np.minimum(places, token_ids.size - 1)], 0)
+    windows = np.concatenate([np.full((count, len(bos)), bos), tokens], axis=1).astype(np.int32)
+    new = np.arange(content) >= content - step
+    new = (places < token_ids.size) & ((offsets >= content - step) | (places == offsets))  # all of the first window
+    scored = np.pad(new[:, 1:], ((0, 0), (len(bos), 0)))
+    if not scored.any():
+        raise ValueError("a single token has nothing before it to be predicted from; give more")
+    return windows, scored
+
+
+def _window_length(token_ids: np.ndarray, seq_len: int | None, bos: int, context: int) -> int:
+    """Tokens in a window, `bos` of them BOS."""
     if token_ids.ndim == 2:
-        length = token_ids.shape[1] + len(bos)
+        length = token_ids.shape[1] + bos
         if seq_len is not None and seq_len != length:
             raise ValueError(f"seq_len={seq_len}, but the windows given are {length} tokens long; leave seq_len out")
     else:
         length = context if seq_len is None else seq_len
-    if not 2 + len(bos) <= length <= context:
+    if not 2 + bos <= length <= context:
         raise ValueError(
-            f"a window has {length} tokens{', BOS included' if bos else ''}; give between {2 + len(bos)} and the "
+            f"a window has {length} tokens{', BOS included' if bos else ''}; give between {2 + bos} and the "
             f"model's context, {context}"
         )
-    content = length - len(bos)
-    count = -(-token_ids.size // content)
-    padded = np.zeros(count * content, np.int32)
-    padded[: token_ids.size] = token_ids.ravel()
-    windows = np.concatenate([np.full((count, len(bos)), bos, np.int32), padded.reshape(count, content)], axis=1)
-    real = (np.arange(count * content) < token_ids.size).reshape(count, content)
-    scored = np.pad(real[:, 1:], ((0, 0), (len(bos), 0)))
-    if not scored.any():
-        raise ValueError("a single token has nothing before it to be predicted from; give more")
-    return windows, scored
+    return length
 
 
 def _check_tokens(token_ids: np.ndarray, bos: list[int], vocab_size: int) -> None:
