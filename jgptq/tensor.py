@@ -121,7 +121,8 @@ class QuantizedTensor:
 
     codes: uint32 words (batch…, words, out), `bits` a code along the input axis (see jgptq.packing).
     scales: (batch…, groups, out) float16 unless the grid asked otherwise.
-    zeros: (batch…, groups, out) uint8; None: the symmetric grid's constant 2**(bits - 1).
+    zeros: (batch…, groups, out) uint8; None: the symmetric grid's constant 2**(bits - 1). They are float32 where another
+        library's file has groups that begin anywhere (see `has_integer_zeros`).
     permutation: (batch…, in) int32; stored row k is input permutation[k]. None: natural order.
     group_size: stored rows that share a scale; the last group may be short.
     dtype: of the logical array; layout: how that array maps to (batch…, in, out).
@@ -221,6 +222,11 @@ def from_codes(
 def unpack_codes(weight: QuantizedTensor) -> Integer[Array, "*batch in out"]:
     """Codes in stored row order, uint8."""
     return packing.unpack(weight.codes, weight.bits, weight.in_features).astype(jnp.uint8)
+
+
+def has_integer_zeros(weight: QuantizedTensor) -> bool:
+    """Whether zeros are codes, as most file formats need them."""
+    return weight.zeros is None or jnp.issubdtype(weight.zeros.dtype, jnp.integer)
 
 
 def stored_matrix(weight: QuantizedTensor, dtype: Any = jnp.float32) -> Float[Array, "*batch in out"]:
