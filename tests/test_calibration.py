@@ -1,5 +1,6 @@
 """Calibration windows: what they contain, that they repeat, and what is said about sources that cannot be used."""
 
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from jgptq.calibration import batches, bos_token, encode, load_tokenizer, read_documents
+from jgptq.calibration import batches, bos_token, encode, gptq_windows, load_tokenizer, read_documents
+from jgptq.chat import ChatTemplate
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 WORDS = [f"w{index}" for index in range(40)]
@@ -22,6 +24,13 @@ def word_tokenizer(*, bos: bool, marker: bool = False, newline: bool = False) ->
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 41)])
     return tokenizer
+
+
+CHAT = ChatTemplate(
+    source="{{ bos_token }}{% for m in messages %} {{ m.role }} {{ m.content }}{% endfor %} <s>",
+    special_tokens={"bos_token": "<s>"},
+    file=Path("chat_template.jinja"),
+)
 
 
 def text(first: int, last: int) -> str:
@@ -44,6 +53,69 @@ def test_documents_are_separated_by_the_marker_or_bos_or_a_newline_and_never_by_
     assert encode([story], word_tokenizer(bos=False, newline=True)).tolist() == [0, 1, 42, 2]
     assert encode(["w0 w1", "w2"], word_tokenizer(bos=True)).tolist() == [0, 1, 41, 2]
     assert encode([], word_tokenizer(bos=True)).tolist() == []
+
+
+def test_a_conversation_is_what_its_template_makes_of_it_and_a_text_the_users_message():
+    tokenizer = word_tokenizer(bos=True)
+    conversation = [{"role": "w30", "content": "w1"}, {"role": "w31", "content": "w2 <|endoftext|> w3"}]
+    # 40 is a word that the vocabulary does not have: `user`, and the marker, at which a conversation is not cut.
+    # The template's own BOS at the ends is not doubled by the separator.
+    expected = [30, 1, 31, 2, 40, 3, 41, 40, 4, 41, 40, 5]
+    assert encode([conversation, "w4<|endoftext|>w5"], tokenizer, CHAT).tolist() == expected
+    found = batches([conversation] * 9, tokenizer, samples=2, seq_len=8, chat_template=CHAT)
+    assert set(windows_of(found).ravel().tolist()) == {41, 30, 1, 31, 2, 40, 3}
+
+
+def test_a_conversation_that_cannot_be_encoded_is_named():
+    conversation = [{"role": "w1", "content": "w2"}]
+    with pytest.raises(
+        ValueError, match=r"document 2 \(of a JSONL file: line 2\): a conversation needs .*--chat-template"
+    ):
+        encode(["w1", conversation], word_tokenizer(bos=True))
+    broken = [{"role": "w1", "content": "\ud800"}]
+    with pytest.raises(ValueError, match=r"document 1 .*surrogates not allowed"):
+        encode([broken], word_tokenizer(bos=True), CHAT)
+    refusing = ChatTemplate(source="{{ raise_exception('No w2') }}", special_tokens={}, file=Path("file"))
+    with pytest.raises(ValueError, match=r"document 1 .*: the chat template file failed: No w2"):
+        batches([conversation], word_tokenizer(bos=True), samples=1, seq_len=4, chat_template=refusing)
+
+
+def test_the_day_does_not_change_the_batches():
+    dated = ChatTemplate(source="{{ strftime_now('%Y %m %d') }}", special_tokens={}, file=Path("file"))
+    tokenizer = word_tokenizer(bos=False)
+    tokenizer.add_tokens(["2024 07 26"])
+    assert encode(["w1"], tokenizer, dated).tolist() == [42]
+
+
+def test_without_packing_a_window_is_a_piece_of_one_document_that_is_long_enough():
+    documents = [text(0, 4), text(0, 10), text(20, 30), text(30, 34), text(35, 40)]
+    tokenizer = word_tokenizer(bos=True)
+    found = windows_of(batches(documents, tokenizer, samples=60, seq_len=6, pack=False))
+    assert (found[:, 0] == 41).all()
+    assert (np.diff(found[:, 1:], axis=1) == 1).all()
+    starts = [*range(6), *range(20, 26), 35]
+    assert sorted(set(found[:, 1].tolist())) == starts
+    again = windows_of(batches(documents, tokenizer, samples=60, seq_len=6, pack=False))
+    assert again.tolist() == found.tolist()
+    other = windows_of(batches(documents, tokenizer, samples=60, seq_len=6, pack=False, seed=1))
+    assert other.tolist() != found.tolist()
+    ids = windows_of(batches(range(100, 110), samples=40, seq_len=8, pack=False))
+    assert sorted(set(ids[:, 0].tolist())) == [100, 101, 102]
+    with pytest.raises(ValueError, match=r"no document .* has the 11 tokens that a window of seq_len=12 needs"):
+        batches(documents, tokenizer, samples=1, seq_len=12, pack=False)
+
+
+def test_gptq_windows_are_the_text_as_one_without_what_does_not_fill_the_last(tmp_path):
+    tokenizer = word_tokenizer(bos=True, newline=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")  # a token for each line and each newline
+    rows = ["", "w1\n", "w2\n", "w3\n"]  # as WikiText's rows end
+    ids = [41, 42, 42, 1, 42, 42, 42, 2, 42, 42, 42, 3, 42]
+    (tmp_path / "rows.txt").write_text("\n\n".join(rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    for source in (rows, tmp_path / "rows.txt", tmp_path / "rows.jsonl"):
+        assert gptq_windows(source, tokenizer, seq_len=5).tolist() == [ids[:5], ids[5:10]]
+    with pytest.raises(ValueError, match="the text has 13 tokens, too few for one window of 14"):
+        gptq_windows(rows, tokenizer, seq_len=14)
 
 
 def test_windows_are_bos_and_distinct_pieces_of_the_stream():
@@ -120,14 +192,6 @@ def test_bad_sources_are_named(source, options, message):
 def test_text_without_tokenizer_is_refused():
     with pytest.raises(ValueError, match="text needs a tokenizer"):
         batches(["some text"], samples=1, seq_len=4)
-
-
-def test_unreadable_files_are_named(tmp_path):
-    (tmp_path / "blank.txt").write_text("\n<|endoftext|>\n \n")
-    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
-    for name, message in (("none.txt", "is not a file"), ("blank.txt", "no text"), ("latin.txt", "not UTF-8")):
-        with pytest.raises(ValueError, match=f"{name} .*{message}"):
-            read_documents(tmp_path / name)
 
 
 def test_a_directory_without_a_readable_tokenizer_is_named(tmp_path):

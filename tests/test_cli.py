@@ -1,10 +1,13 @@
 """The command line on a tiny model: output, exit codes, one-line errors, nothing half-written."""
 
 import dataclasses
+import io
 import json
 import os
+import shutil
 from pathlib import Path
 
+import huggingface_hub.constants
 import jax
 import numpy as np
 import pytest
@@ -114,11 +117,132 @@ def test_eval_agrees_with_the_library(home, packed, capsys):
     tokenizer = Tokenizer.from_file(str(packed / "tokenizer.json"))
     ids = tokenizer.encode(TEXT.strip("\n")).ids[:500]
     expected = jgptq.compare(model, params, float_model, float_params, ids, seq_len=32)
+    asked = {"model": str(packed), "against": str(home / "float"), "text": str(home / "text.txt"), "seq_len": 32}
+    chosen = {"protocol": "windows", "chat_template": False, "stride": None, "bos_token_id": None}
+    versions = {"jgptq": jgptq.__version__, "jax": jax.__version__}
+    assert result.items() >= (asked | chosen | versions).items()
+    assert result["device"].startswith(jax.devices()[0].platform)
     assert result["kl"] == pytest.approx(expected.kl)
     assert result["perplexity"] == pytest.approx(expected.perplexity)
     assert result.items() >= {**dataclasses.asdict(expected), "text_tokens": 500}.items()
     assert cli.main([*arguments[:-1], "--tokens", "500"]) == 0
     assert f"{expected.perplexity:.5f}" in capsys.readouterr().out
+
+
+def test_eval_strides_and_follows_the_papers_protocol(home, packed, capsys):
+    def result(*more):
+        assert (
+            cli.main(["eval", str(packed), "--text", str(home / "text.txt"), "--seq-len", "32", "--json", *more]) == 0
+        )
+        return json.loads(capsys.readouterr().out)
+
+    model, params = jgptq.load(packed)
+    tokenizer = Tokenizer.from_file(str(packed / "tokenizer.json"))
+    ids = tokenizer.encode(TEXT.strip("\n")).ids[:250]
+    strided = result("--stride", "8", "--tokens", "250")
+    assert strided["perplexity"] == pytest.approx(jgptq.perplexity(model, params, ids, seq_len=32, stride=8))
+    assert (strided["tokens"], strided["text_tokens"], strided["stride"]) == (249, 250, 8)
+    whole = np.array(tokenizer.encode(TEXT).ids)[:256].reshape(8, 32)
+    paper = result("--protocol", "gptq", "--tokens", "287")
+    assert paper["perplexity"] == pytest.approx(jgptq.perplexity(model, params, whole))
+    assert (paper["tokens"], paper["text_tokens"], paper["protocol"]) == (8 * 31, 256, "gptq")
+
+
+@pytest.fixture(scope="module")
+def chat(home):
+    """The float model with a chat template, and generation_config.json, beside conversations of its words."""
+    shutil.copytree(home / "float", home / "chat")
+    template = "{% for m in messages %}The {{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (home / "chat" / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}The cat: {% endif %}")
+    messages = [{"role": "cat", "content": "a mat"}, {"role": "ball", "content": "Once upon a time"}]
+    (home / "talk.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 40)
+    return home / "chat"
+
+
+def test_quantize_calibrates_on_conversations(home, chat, monkeypatch):
+    """What reaches the solver is what the library makes of the same file."""
+    seen = []
+
+    def spy(f, params, batches, **options):
+        seen.extend(np.asarray(tokens).tolist() for (tokens,) in batches)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli, "quantize", spy)
+    arguments = ["quantize", str(chat), str(home / "never"), "--calibration", str(home / "talk.jsonl"), "--no-pack"]
+    arguments += ["--samples", "4", "--seq-len", "12", "--chat-template"]
+    assert cli.main(arguments) == 2
+    tokenizer = Tokenizer.from_file(str(chat / "tokenizer.json"))
+    text = tokenizer.encode("The cat: a mat\nThe ball: Once upon a time\n").ids
+    pieces = [text[start : start + 12] for start in range(len(text) - 11)]
+    assert len(seen[0]) == 4
+    assert all(window in pieces for window in seen[0])
+
+
+def test_a_model_and_a_text_of_the_hub_are_found_in_its_cache_without_a_network(
+    home, packed, tmp_path, monkeypatch, capsys
+):
+    """The cache is laid out by hand, as the hub's client does."""
+    for kind, name, fill in (
+        ("models", "owner--name", lambda place: shutil.copytree(packed, place)),
+        ("datasets", "owner--texts", lambda place: (place / "a").mkdir(parents=True)),
+    ):
+        repository = tmp_path / f"{kind}--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        fill(repository / "snapshots" / ("0" * 40))
+    lines = json.dumps({"text": TEXT})
+    (tmp_path / "datasets--owner--texts" / "snapshots" / ("0" * 40) / "a" / "b.jsonl").write_text(lines)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    found = []
+    for model, text in (("owner/name", "hf://datasets/owner/texts/a/b.jsonl"), (packed, home / "text.txt")):
+        assert cli.main(["eval", str(model), "--text", str(text), "--tokens", "200", "--seq-len", "32", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert found[0] == found[1]
+    assert cli.main(["inspect", "owner/other"]) == 2
+    assert "fetching it from the hub failed" in capsys.readouterr().err
+
+
+class Recorder(io.StringIO):
+    """Standard output that notes what has been flushed, piece by piece."""
+
+    def __init__(self):
+        super().__init__()
+        self.flushed = [""]
+
+    def flush(self):
+        self.flushed.append(self.getvalue())
+
+
+def test_generate_prints_text_as_it_comes(packed, monkeypatch):
+    output = Recorder()
+    monkeypatch.setattr("sys.stdout", output)
+    monkeypatch.setattr("sys.stdin", io.StringIO("The cat sat\n"))
+    assert cli.main(["generate", str(packed), "--prompt", "-", "--max-new-tokens", "12"]) == 0
+    model, params = jgptq.load(packed)
+    tokenizer = Tokenizer.from_file(str(packed / "tokenizer.json"))
+    ids = jgptq.generate(model, params, tokenizer.encode("The cat sat").ids, max_new_tokens=12).tolist()
+    assert output.getvalue() == tokenizer.decode(ids) + "\n"
+    assert output.flushed[1].startswith("The cat sat")
+    assert len(set(output.flushed)) > 6
+
+
+def test_generate_answers_in_a_chat_until_the_models_own_end(chat, capsys):
+    arguments = ["generate", str(chat), "--prompt", "a mat", "--chat", "--max-new-tokens", "10"]
+    assert cli.main(arguments) == 0
+    model, params = jgptq.load(chat)
+    tokenizer = Tokenizer.from_file(str(chat / "tokenizer.json"))
+    prompt = tokenizer.encode("The user: a mat\nThe cat: ").ids
+    ids = jgptq.generate(model, params, prompt, max_new_tokens=10).tolist()
+    begun = len(tokenizer.decode(prompt))
+    assert capsys.readouterr().out == tokenizer.decode(ids)[begun:] + "\n"
+    (chat / "generation_config.json").write_text(json.dumps({"eos_token_id": [63, ids[len(prompt)]]}))
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == tokenizer.decode(ids[: len(prompt) + 1])[begun:] + "\n"
+    (chat / "generation_config.json").write_text('{"eos_token_id": "end"}')
+    assert cli.main(arguments) == 2
+    assert "eos_token_id is 'end'; it must be an integer or a list of them" in capsys.readouterr().err
+    (chat / "generation_config.json").unlink()
 
 
 def test_generate_prints_a_completion_and_seeds_repeat(packed, capsys):
@@ -175,6 +299,48 @@ BAD = {
         lambda home: quantize_arguments(home, home / "o", "--skip", "*.kernle"),
         "no weight matches the rule '*.kernle'; the nearest paths are",
     ),
+    "conversations without their template": (
+        lambda home: ["eval", str(home / "float"), "--text", str(home / "talk.jsonl")],
+        "line 1): a conversation needs the model's chat template; ask for it (--chat-template)",
+    ),
+    "no chat template": (
+        lambda home: ["generate", str(home / "float"), "--prompt", "a", "--chat"],
+        "float has no chat template, neither chat_template.jinja nor",
+    ),
+    "the paper's protocol with a stride": (
+        lambda home: [
+            "eval",
+            str(home / "float"),
+            "--text",
+            str(home / "text.txt"),
+            "--protocol",
+            "gptq",
+            "--stride",
+            "8",
+        ],
+        "--stride is no part of the GPTQ paper's protocol",
+    ),
+    "a stride beyond the window": (
+        lambda home: ["eval", str(home / "float"), "--text", str(home / "text.txt"), "--stride", "65"],
+        "stride=65; give between 1 and 64",
+    ),
+    "less than a window of the paper's": (
+        lambda home: [
+            "eval",
+            str(home / "float"),
+            "--text",
+            str(home / "text.txt"),
+            "--protocol",
+            "gptq",
+            "--tokens",
+            "63",
+        ],
+        "--tokens 63 is less than one window; give at least 64",
+    ),
+    "a prompt beyond the context": (
+        lambda home: ["generate", str(home / "float"), "--prompt", "a" * 60],
+        "exceed the model's context of 64",
+    ),
     "one token": (
         lambda home: ["eval", str(home / "float"), "--text", str(home / "text.txt"), "--tokens", "1"],
         "--tokens 1; give at least 2",
@@ -183,7 +349,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.usefixtures("packed")
+@pytest.mark.usefixtures("packed", "chat")
 def test_bad_input_is_one_line_and_exit_code_2(name, home, capsys):
     arguments, message = BAD[name]
     before = sorted(home.iterdir())

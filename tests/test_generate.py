@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
-from jgptq.generate import draw_token, generate
+from jgptq.generate import TextStream, draw_token, generate
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCAB, CONTEXT = 7, 160
@@ -142,6 +145,59 @@ def test_draws_have_the_frequencies_of_the_truncated_distribution(table, tempera
     assert (frequencies[probabilities == 0] == 0).all()
     # five standard deviations of a frequency over 20,000 draws
     np.testing.assert_allclose(frequencies, probabilities, atol=5 * 0.5 / draws**0.5)
+
+
+def tokenizer_of(pieces, decoder, special="<s>") -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token=pieces[0]))
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens([special])
+    return tokenizer
+
+
+def sentencepiece() -> Tokenizer:
+    """Like Llama's: spaces in front of words, the first one dropped, bytes for what the vocabulary lacks."""
+    pieces = ["▁a", "b", "▁", "▁▁", "é", "\ufffd", *(f"<0x{byte:02X}>" for byte in (0x41, 0x0A, *"€😀".encode()))]
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    return tokenizer_of(pieces, decoders.Sequence(steps))
+
+
+TOKENIZERS = {
+    "sentencepiece": sentencepiece(),
+    # GPT-2's letters for the bytes of é, € and 😀, one by one and two together
+    "bytes": tokenizer_of(
+        ["a", "Ġb", "Ċ", "Ã", "©", "â", "Ĥ", "¬", "ð", "Ł", "ĺ", "Ģ", "Ã©", "âĤ"], decoders.ByteLevel()
+    ),
+    "metaspace": tokenizer_of(["▁a", "b", "▁", "▁▁", "c▁"], decoders.Metaspace()),
+    "word pieces": tokenizer_of(["a", "##b", ",", "!", "##!"], decoders.WordPiece()),
+    "suffixes": tokenizer_of(["a", "b</w>", ",</w>", "c"], decoders.BPEDecoder()),
+    "plain words": tokenizer_of(["a", "b", "c"], None),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(deadline=None)
+@given(data=st.data())
+def test_pieces_of_text_join_to_the_decoded_whole(name, data):
+    tokenizer = TOKENIZERS[name]
+    tokens = st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=12)
+    prompt, new = data.draw(tokens), data.draw(tokens)
+    stream = TextStream(tokenizer, prompt)
+    pieces = [stream.add(token) for token in new]
+    assert "".join([*pieces, stream.rest()]) == tokenizer.decode([*prompt, *new])
+
+
+def test_text_comes_as_soon_as_it_is_certain():
+    def pieces(name, *tokens):
+        tokenizer = TOKENIZERS[name]
+        stream = TextStream(tokenizer)
+        return [stream.add(tokenizer.token_to_id(token)) for token in tokens] + [stream.rest()]
+
+    assert pieces("bytes", "a", "Ġb", "âĤ", "¬", "<s>", "Ã", "a") == ["a", " b", "", "€", "", "", "\ufffda", ""]
+    euro = ["<0xE2>", "<0x82>", "<0xAC>"]
+    assert pieces("sentencepiece", "▁a", "▁a", *euro, "b") == ["a", " a", "", "", "", "€b", ""]
+    # A bad byte spoils the good ones in front of it.
+    assert pieces("sentencepiece", "<0x41>", "<s>", "<0xE2>", "b") == ["", "", "", "\ufffd\ufffdb", ""]
+    assert pieces("sentencepiece", "b", "<0x0A>") == ["b", "", "\n"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Perplexity and KL against plain NumPy float64 loops over windows of models with random logits."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgptq.perplexity import compare, perplexity
+from jgptq.calibration import bos_token, encode, gptq_windows, load_tokenizer
+from jgptq.perplexity import compare, count_scored, perplexity
 
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCAB, CONTEXT = 11, 8
 
 
@@ -45,6 +48,18 @@ def reference_perplexity(table, windows, first=1):
     return math.exp(sum(losses) / len(losses)), len(losses)
 
 
+def strided(ids, content, stride, bos):
+    """(window, index of its first scored token), as Hugging Face's guide walks a text: each token is scored once."""
+    found, scored_up_to = [], 1
+    for start in range(0, len(ids), stride):
+        end = min(start + content, len(ids))
+        found.append(([*bos, *ids[start:end]], max(scored_up_to - start, 1) + len(bos)))
+        scored_up_to = end
+        if end == len(ids):
+            break
+    return found
+
+
 @pytest.fixture
 def table():
     return jax.random.normal(jax.random.key(0), (VOCAB, VOCAB))
@@ -62,6 +77,64 @@ def test_perplexity_equals_a_loop_over_windows_also_when_the_last_is_short(table
     expected, _ = reference_perplexity(table, reference_windows(ids[:count], 7 - len(prefix), prefix), 1 + len(prefix))
     found = perplexity(RunningSum(), table, ids[:count], seq_len=7, bos_token_id=bos, batch_size=4)
     assert found == pytest.approx(expected, rel=1e-5)  # float32 logits
+
+
+@pytest.mark.parametrize("bos", [None, 3])
+@pytest.mark.parametrize("stride", [1, 2, 5])
+@pytest.mark.parametrize("count", [45, 44, 9, 4])
+def test_with_a_stride_only_what_is_new_is_scored(table, ids, count, stride, bos):
+    prefix = [] if bos is None else [bos]
+    losses = []
+    for window, first in strided(ids[:count].tolist(), 7 - len(prefix), stride, prefix):
+        scores = log_probabilities(table, window)
+        losses += [-scores[i - 1, window[i]] for i in range(first, len(window))]
+    options = {"seq_len": 7, "stride": stride, "bos_token_id": bos}
+    assert len(losses) == count - 1 == count_scored(RunningSum(), ids[:count], **options)
+    found = perplexity(RunningSum(), table, ids[:count], **options)
+    assert found == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+
+
+def test_a_stride_of_the_whole_window_changes_nothing(table, ids):
+    for bos, stride in ((None, 6), (3, 5)):
+        options = {"seq_len": 6, "bos_token_id": bos}
+        assert perplexity(RunningSum(), table, ids, stride=stride, **options) == perplexity(
+            RunningSum(), table, ids, **options
+        )
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the small real models are not here")
+def test_every_protocol_gives_pytorchs_figure_of_a_real_model():
+    """Windows of 64 tokens read by transformers' model, and scored by PyTorch's cross entropy."""
+    import torch
+    import transformers
+
+    from jgptq.checkpoints import load
+
+    directory = DATA / "stories260K"
+    text = (DATA / "tinystories_valid_nl.txt").read_text(encoding="utf-8")[:2200]  # 8 windows and more, one program
+    tokenizer = load_tokenizer(directory)
+    torch_model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model, params = load(directory, dtype=jnp.float32)
+
+    def expected(windows):
+        losses = []
+        for window, first in windows:
+            with torch.no_grad():
+                logits = torch_model(torch.tensor([list(map(int, window))])).logits[0, first - 1 : -1].double()
+            losses += torch.nn.functional.cross_entropy(logits, torch.tensor(window[first:]), reduction="none").tolist()
+        return math.exp(np.mean(losses))
+
+    bos, ids = bos_token(tokenizer), encode([text], tokenizer).tolist()
+    found = perplexity(model, params, ids, seq_len=64, bos_token_id=bos)
+    assert found == pytest.approx(expected([(window, 2) for window in reference_windows(ids, 63, [bos])]), rel=1e-4)
+    found = perplexity(model, params, ids, seq_len=64, stride=20, bos_token_id=bos)
+    assert found == pytest.approx(expected(strided(ids, 63, 20, [bos])), rel=1e-4)
+    # The GPTQ paper's: transformers' own tokenization of the text as one, the mean of the windows' mean losses
+    slow = transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+    whole = slow(text).input_ids
+    windows = [whole[start : start + 64] for start in range(0, len(whole) // 64 * 64, 64)]
+    paper = math.exp(np.mean([math.log(expected([(window, 1)])) for window in windows]))
+    assert perplexity(model, params, gptq_windows([text], tokenizer, seq_len=64)) == pytest.approx(paper, rel=1e-4)
 
 
 def test_windows_cut_already_count_as_rows(table, ids):
@@ -92,20 +165,23 @@ def test_broken_logits_show_as_nan_and_hopeless_ones_as_infinity():
     assert perplexity(RunningSum(), certain_of_zero, [1, 2, 3]) == math.inf
 
 
-def test_compare_equals_a_float64_loop(table, ids):
+@pytest.mark.parametrize("stride", [None, 2])
+def test_compare_equals_a_float64_loop(table, ids, stride):
     other = table + 0.3 * jax.random.normal(jax.random.key(1), table.shape)
-    windows = reference_windows(ids, 5, [0])
-    expected, count = reference_perplexity(other, windows, first=2)
-    reference, _ = reference_perplexity(table, windows, first=2)
-    divergences, agreements = [], []
-    for window in windows:
-        log_p, log_q = log_probabilities(table, window)[1:-1], log_probabilities(other, window)[1:-1]
+    windows = strided(ids.tolist(), 5, stride or 5, [0])
+    losses, reference_losses, divergences, agreements = [], [], [], []
+    for window, first in windows:
+        log_p, log_q = (log_probabilities(params, window)[first - 1 : -1] for params in (table, other))
+        targets = (np.arange(len(window) - first), window[first:])
+        losses += list(-log_q[targets])
+        reference_losses += list(-log_p[targets])
         divergences += list((np.exp(log_p) * (log_p - log_q)).sum(axis=-1))
         agreements += list(log_p.argmax(axis=-1) == log_q.argmax(axis=-1))
-    found = compare(RunningSum(), other, RunningSum(), table, ids, seq_len=6, bos_token_id=0, batch_size=4)
-    assert found.tokens == count == len(ids) - len(windows)
-    assert found.perplexity == pytest.approx(expected, rel=1e-5)
-    assert found.reference_perplexity == pytest.approx(reference, rel=1e-5)
+    options = {"seq_len": 6, "stride": stride, "bos_token_id": 0}
+    found = compare(RunningSum(), other, RunningSum(), table, ids, **options, batch_size=4)
+    assert found.tokens == len(losses) == (len(ids) - len(windows) if stride is None else len(ids) - 1)
+    assert found.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    assert found.reference_perplexity == pytest.approx(math.exp(np.mean(reference_losses)), rel=1e-5)
     assert found.kl == pytest.approx(np.mean(divergences), rel=1e-4)  # differences of float32 log-probabilities
     assert found.top1_agreement == pytest.approx(np.mean(agreements))
 
@@ -147,6 +223,9 @@ def test_progress_counts_windows_up_to_all_of_them(table, ids):
         (np.ones((2, 8), int), {"bos_token_id": 0}, "a window has 9 tokens, BOS included"),
         ([1, 2, 3], {"seq_len": 2, "bos_token_id": 0}, "give between 3 and the model's context, 8"),
         (np.ones((2, 4), int), {"seq_len": 5}, "the windows given are 4 tokens long"),
+        ([1, 2, 3], {"stride": 0}, "stride=0; give between 1 and 8, what a window holds"),
+        ([1, 2, 3], {"stride": 8, "bos_token_id": 0}, "stride=8; give between 1 and 7"),
+        (np.ones((2, 4), int), {"stride": 2}, "stride=2, but windows were given"),
         ([1], {}, "a single token has nothing before it"),
         ([1, 2], {"batch_size": 0}, "batch_size=0"),
     ],
