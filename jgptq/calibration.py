@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 from tokenizers import Tokenizer
 
 from jgptq.chat import ChatTemplate
+from jgptq.checkpoints import read_tokenizer
 from jgptq.documents import DOCUMENT_SEPARATOR, Document, join_texts, read_documents, read_text, split_documents
 
 CHUNK = 1000  # texts encoded at a time: an encoding takes many times the memory of its ids
@@ -28,12 +29,14 @@ TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 Source = str | Path | Sequence[Document] | Sequence[int] | np.ndarray | Array
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face model directory, from its tokenizer.json; ValueError if there is none."""
-    path = Path(directory) / "tokenizer.json"
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory, from its tokenizer.json, or of a GGUF file; ValueError if there is none."""
+    if Path(source).is_file():
+        return read_tokenizer(source)
+    path = Path(source) / "tokenizer.json"
     if not path.is_file():
         raise ValueError(
-            f"{directory} has no tokenizer.json; save one there with transformers' "
+            f"{source} has no tokenizer.json; save one there with transformers' "
             f"PreTrainedTokenizerFast.save_pretrained, or pass token ids in place of text"
         )
     try:

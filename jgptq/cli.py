@@ -1,4 +1,4 @@
-"""The command line: demo, quantize, eval, generate, inspect.
+"""The command line: demo, quantize, eval, generate, convert, inspect.
 
 Results go to stdout; progress and warnings to stderr. Bad input ends in one line on stderr and exit code 2.
 """
@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 import jgptq
 from jgptq import calibration, demo, documents
 from jgptq.chat import ChatTemplate, load_chat_template
-from jgptq.checkpoints import Journal, fingerprint, load, remove_partial, save, size_and_hash
+from jgptq.checkpoints import FORMATS, PACKINGS, Journal, fingerprint, load, remove_partial, save, size_and_hash
 from jgptq.generate import TextStream, generate
 from jgptq.grid import BITS, Grid
 from jgptq.perplexity import compare, count_scored, perplexity
@@ -113,6 +113,7 @@ def _parser() -> _Parser:
     )
     sub.add_argument("--symmetric", action="store_true", help="fix the zero at mid-range rather than fit it")
     sub.add_argument("--method", default="gptq", choices=tuple(METHODS))
+    sub.add_argument("--format", default="gptq", choices=tuple(PACKINGS), help="layout of the packed files")
     sub.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default 128)")
     sub.add_argument(
         "--seq-len", type=int, metavar="N", help="tokens in a window (default: the model's context, at most 2048)"
@@ -176,6 +177,16 @@ def _parser() -> _Parser:
     sub.add_argument("--seed", type=int, default=0)
 
     sub = command(
+        "convert",
+        _convert,
+        "Write a model, float or packed, in another checkpoint format; what would change a weight is refused, or told.",
+        "jgptq convert out out.gguf --format gguf",
+    )
+    sub.add_argument("model", help="model directory, GGUF file or hub id")
+    sub.add_argument("out", type=Path, help="directory, or file for gguf, to make; must not exist")
+    sub.add_argument("--format", required=True, choices=FORMATS)
+
+    sub = command(
         "inspect",
         _inspect,
         "A table of a model's weights: shape, bits, group, bytes and, if jgptq made it, error.",
@@ -202,6 +213,7 @@ def _quantize(options: argparse.Namespace) -> None:
         raise ValueError(f"--seed {options.seed}; give 0 or a positive integer")
     grid = _grid(options.bits, options.group_size, options.symmetric, "--group-size")
     rules = [_rule(rule, options.symmetric) for rule in options.rules or ()]
+    _check_bits(options.format, [grid, *(other.grid for _, other in rules if other is not None)])
     model, params = load(options.model, lazy=True)
     tokenizer = calibration.load_tokenizer(model.source)
     texts = documents.locate(options.calibration)
@@ -232,7 +244,7 @@ def _quantize(options: argparse.Namespace) -> None:
             )
             title = f"{Path(options.model).name}, quantized"
             files = {REPORT_FILE: report_json(report), REPORT_PAGE: report_html(report, title=title)}
-            save(options.out, model, packed, extra_files=files)
+            save(options.out, model, packed, format=options.format, extra_files=files)
             finished.remove()
     _console().print(report_table(report))
     print(f"{options.out}: {nbytes(params):,} bytes -> {nbytes(packed):,} bytes")
@@ -308,6 +320,13 @@ def _grid(bits: int, group_size: int, symmetric: bool, where: str) -> Grid:
     if group_size != -1 and group_size < 1:
         raise ValueError(f"{where} {group_size}; give a positive number, or -1 for all inputs")
     return Grid(bits=bits, group_size=None if group_size == -1 else group_size, symmetric=symmetric)
+
+
+def _check_bits(format: str, grids: Sequence[Grid]) -> None:
+    """Refuses before hours of work what the format could not hold after them."""
+    allowed = PACKINGS[format].bits
+    if wrong := {grid.bits for grid in grids} - set(allowed):
+        raise ValueError(f"--format {format} holds weights of {allowed} bits, not of {sorted(wrong)}; choose another")
 
 
 def _rule(arguments: Sequence[str], symmetric: bool) -> Rule:
@@ -442,6 +461,16 @@ def _stop_tokens(model: Any) -> tuple[int, ...]:
     if not isinstance(stop, list | tuple) or not all(isinstance(token, int) for token in stop):
         raise ValueError(f"{file}: eos_token_id is {stop!r}; it must be an integer or a list of them")
     return tuple(stop)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    if options.out.exists():
+        raise FileExistsError(f"{options.out} exists; choose a new name, or remove it first")
+    _check_writable(options.out)
+    model, params = load(options.model, lazy=True)
+    with Console(stderr=True).status(f"writing {options.out}"):
+        save(options.out, model, params, format=options.format)
+    print(f"{options.out}: {options.format}, {nbytes(params):,} bytes of weights")
 
 
 def _inspect(options: argparse.Namespace) -> None:

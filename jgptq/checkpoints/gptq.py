@@ -23,6 +23,7 @@ from jgptq.checkpoints.layout import (
     FLOATS,
     ExpectedTensor,
     Format,
+    check_holds,
     pack,
     pack_rows,
     permutation_of,
@@ -154,6 +155,7 @@ def describe(weights: Mapping[str, tensor.QuantizedTensor], left: Sequence[str],
     Zeros are stored plainly ("gptq_v2") if any weight is asymmetric, since readers of the older version disagree
     about a zero of 0; less one ("gptq", which every reader knows) otherwise.
     """
+    check_holds("gptq", weights, lambda weight: None)
     every = list(weights.values())
     base = {
         "bits": _commonest(weight.bits for weight in every),
@@ -245,6 +247,7 @@ def _common_group_size(weights: Sequence[tensor.QuantizedTensor]) -> int:
 
 FORMAT = Format(
     name="gptq",
+    bits=grids.BITS,
     marker="qweight",
     parse=parse,
     expected=expected,

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgptq import packing
-from jgptq.checkpoints import huggingface, tensor_file
+from jgptq.checkpoints import huggingface, orbax, tensor_file
 from jgptq.grid import BITS
 from jgptq.models.json_fields import read_fields
 from jgptq.tensor import Layout, QuantizedTensor
@@ -179,15 +179,20 @@ class Journal(MutableMapping):
             self._lock = None
 
 
-def fingerprint(directory: Path) -> dict[str, str]:
-    """Size and SHA-256 of each file of a model directory that `load` or `save` reads, by name.
+def fingerprint(source: Path) -> dict[str, str]:
+    """Size and SHA-256 of each file that `load` or `save` reads of a model directory or GGUF file, by name.
 
     All of every file is read: half a minute for 16 GB on a disk that gives 500 MB a second.
     """
-    tensors = huggingface.open_checkpoint(directory).tensors.values()
+    if source.is_file():
+        return {source.name: size_and_hash(source)}
+    if orbax.recognizes(source):
+        files = (file for file in source.rglob("*") if file.is_file())
+        return {str(file.relative_to(source)): size_and_hash(file) for file in sorted(files)}
+    tensors = huggingface.open_checkpoint(source).tensors.values()
     files = {tensor.file for tensor in tensors}
-    files |= {file for pattern in huggingface.HUB_FILES for file in directory.glob(pattern)}
-    return {str(file.relative_to(directory)): size_and_hash(file) for file in sorted(files)}
+    files |= {file for pattern in huggingface.HUB_FILES for file in source.glob(pattern)}
+    return {str(file.relative_to(source)): size_and_hash(file) for file in sorted(files)}
 
 
 def size_and_hash(file: Path) -> str:

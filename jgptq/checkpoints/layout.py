@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jgptq import packing
-from jgptq.tensor import QuantizedTensor
+from jgptq.tensor import QuantizedTensor, has_integer_zeros
 
 # One program for each shape, where the unjitted functions would compile each of their shifts.
 pack = jax.jit(packing.pack, static_argnames="bits")
@@ -30,6 +30,7 @@ class Format:
     """A row of FORMATS. `Settings` below is the format's own parsed form of config.json's quantization_config.
 
     name: the quant_method it reads and writes.
+    bits: of the weights it can hold.
     marker: the last part of the tensor name that only a packed module has.
     parse: quantization_config -> Settings; ValueError for what is not supported.
     expected: (Settings, module, in_features, out_features) -> tensors by the last part of their names. One that may
@@ -42,6 +43,7 @@ class Format:
     """
 
     name: str
+    bits: tuple[int, ...]
     marker: str
     parse: Callable[[Mapping[str, Any]], Any]
     expected: Callable[[Any, str, int, int], dict[str, ExpectedTensor]]
@@ -53,10 +55,14 @@ class Format:
 def check_holds(
     format: str, weights: Mapping[str, QuantizedTensor], problem: Callable[[QuantizedTensor], str | None]
 ) -> None:
-    """ValueError that names every weight with a problem, by the first of its kind."""
+    """ValueError that names every weight with a problem, by the first of its kind; zeros must be whole numbers."""
     problems: dict[str, list[str]] = {}
     for module, weight in weights.items():
-        if reason := problem(weight):
+        if (
+            reason := problem(weight)
+            if has_integer_zeros(weight)
+            else "its zeros are no whole numbers (it comes from a GGUF file)"
+        ):
             problems.setdefault(reason, []).append(module)
     if problems:
         told = "; ".join(
@@ -64,6 +70,11 @@ def check_holds(
             for reason, modules in problems.items()
         )
         raise ValueError(f"{format!r} checkpoints cannot hold these weights as they are: {told}")
+
+
+def with_head(left: Sequence[str], weights: Mapping[str, QuantizedTensor]) -> list[str]:
+    """The modules left alone, and the head even where it is tied and so no parameter: readers have a module for it."""
+    return [*left, *({"lm_head"} - {*left, *weights})]
 
 
 def unpack_rows(words: np.ndarray, bits: int, length: int) -> np.ndarray:

@@ -1,53 +1,100 @@
-"""load: a model directory, float or packed, to a LanguageModel and its parameters."""
+"""load: a checkpoint of any format, float or packed, to a LanguageModel and its parameters."""
 
 import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from jgptq.checkpoints import huggingface
-from jgptq.checkpoints.formats import FORMATS
+from jgptq.checkpoints import gguf, huggingface, orbax
+from jgptq.checkpoints.formats import PACKINGS
 from jgptq.checkpoints.layout import ExpectedTensor, Format
 from jgptq.checkpoints.tensor_file import StoredTensor
-from jgptq.models import MODELS, LanguageModel
+from jgptq.models import LanguageModel, language_model
 from jgptq.tensor import QuantizedTensor
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 BLOCK = 1 << 20  # elements of a weight that are transposed at once
 
 
-def load(path: str | Path, *, dtype: Any | None = None, lazy: bool = False) -> tuple[LanguageModel, dict]:
-    """The model in a Hugging Face directory (or hub id), and its parameters.
+Placing = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 
-    Packed weights come back as QuantizedTensors, bit for bit as stored. dtype: of float parameters and of the
-    arrays that packed ones stand for; None: as stored (float64, which JAX does not have by default, as float32).
-    lazy: float parameters stay on disk as LazyParameters, for `quantize` and `save`, which read one when needed.
+
+def load(
+    path: str | Path,
+    *,
+    dtype: Any | None = None,
+    lazy: bool = False,
+    sharding: jax.sharding.Sharding | Placing | None = None,
+) -> tuple[LanguageModel, dict]:
+    """The model in a Hugging Face directory (or hub id), a GGUF file or an Orbax directory, and its parameters.
+
+    What it is, is seen from the files: float or packed as GPTQ, AWQ (GEMM) or compressed-tensors (pack-quantized),
+    GGUF, or what `save` wrote through Orbax. Packed weights come back as QuantizedTensors, bit for bit as stored.
+
+    dtype: of float parameters and of the arrays that packed ones stand for; None: as stored (float64, which JAX does
+        not have by default, as float32).
+    lazy: float parameters stay on disk as LazyParameters, for `quantize` and `save`, which read one when needed;
+        Orbax's are read at once.
+    sharding: of every array, or a function from its dotted path (`model.embed_tokens.embedding`, and for packed ones
+        `….kernel.codes`, `.scales`, `.zeros`) and its shape and dtype; None: JAX's default device.
 
     Everything is checked against the architecture before anything is read: FileNotFoundError or ValueError in one
     line, all missing and misshapen tensors at once. Tensors the model has no place for are named in a UserWarning.
     """
     if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise ValueError(f"dtype={dtype!r}; give a floating-point dtype, or None to keep what is stored")
-    checkpoint = huggingface.open_checkpoint(huggingface.locate(path))
-    model = _model(checkpoint)
-    packing, settings = _format(checkpoint)
+    if lazy and sharding is not None:
+        raise ValueError("lazy=True leaves parameters on disk, where sharding says nothing; give one of them")
+    place = Path(path) if Path(path).is_file() else huggingface.locate(path)
+    if orbax.recognizes(place):
+        return orbax.load(place, dtype=dtype, placing=_placing(sharding))
+    if gguf.recognizes(place):
+        model, params = gguf.load(place, dtype=dtype, lazy=True)
+    else:
+        model, params = _load_directory(huggingface.open_checkpoint(place), dtype)
+    if lazy:
+        return model, params
+    return model, jax.tree_util.tree_map_with_path(lambda keys, leaf: _on_device(keys, leaf, sharding), params)
+
+
+def _load_directory(checkpoint: huggingface.Checkpoint, dtype: Any | None) -> tuple[LanguageModel, dict]:
+    """A Hugging Face directory's model, and its parameters with the float ones lazy."""
+    try:
+        model = language_model(checkpoint.config, checkpoint.directory)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.directory / 'config.json'}: {error}") from error
+    packing, settings = _packing(checkpoint)
     plans = jax.tree_util.tree_map_with_path(
         lambda keys, leaf: _plan(checkpoint, model, packing, settings, keys, leaf.shape), model.parameter_shapes
     )
     _check(checkpoint, jax.tree.leaves(plans))
     _warn_of_unused(checkpoint, model, jax.tree.leaves(plans))
     stored_dtype = _stored_dtype(checkpoint)
-    params = jax.tree.map(lambda plan: _read(checkpoint, plan, packing, settings, dtype, stored_dtype), plans)
-    if not lazy:
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf[...], leaf.dtype), params)
-    return model, params
+    return model, jax.tree.map(lambda plan: _read(checkpoint, plan, packing, settings, dtype, stored_dtype), plans)
+
+
+def _placing(sharding: jax.sharding.Sharding | Placing | None) -> Placing:
+    if callable(sharding):
+        return sharding
+    one = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return lambda path, spec: one
+
+
+def _on_device(keys: Sequence[Any], leaf: Any, sharding: jax.sharding.Sharding | Placing | None) -> Array:
+    """An array, or a lazy leaf's values, where they are to be; the host holds one leaf at a time."""
+    value = leaf if isinstance(leaf, jax.Array) else leaf[...]
+    if sharding is None:
+        return jnp.asarray(value, leaf.dtype)
+    path = ".".join(str(key.key if hasattr(key, "key") else key.name) for key in keys)
+    return jax.device_put(value, _placing(sharding)(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,26 +182,14 @@ class _Plan:
         return {name: wanted for tensors in self.modules.values() for name, wanted in tensors.items()}
 
 
-def _model(checkpoint: huggingface.Checkpoint) -> LanguageModel:
-    where, model_type = checkpoint.directory / "config.json", checkpoint.config.get("model_type")
-    if model_type not in MODELS:
-        raise ValueError(f"{where}: model_type={model_type!r} is not supported; known are {list(MODELS)}")
-    architecture = MODELS[model_type]
-    try:
-        config = architecture.parse_config(checkpoint.config)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    return LanguageModel(architecture=architecture, config=config, source=checkpoint.directory)
-
-
-def _format(checkpoint: huggingface.Checkpoint) -> tuple[Format | None, Any]:
+def _packing(checkpoint: huggingface.Checkpoint) -> tuple[Format | None, Any]:
     if checkpoint.quantization is None:
         return None, None
     name = checkpoint.quantization.get("quant_method", "gptq")
-    if name not in FORMATS:
-        raise ValueError(f"{checkpoint.directory}: quant_method={name!r} is not supported; known are {list(FORMATS)}")
+    if name not in PACKINGS:
+        raise ValueError(f"{checkpoint.directory}: quant_method={name!r} is not supported; known are {list(PACKINGS)}")
     try:
-        return FORMATS[name], FORMATS[name].parse(checkpoint.quantization)
+        return PACKINGS[name], PACKINGS[name].parse(checkpoint.quantization)
     except ValueError as error:
         raise ValueError(f"{checkpoint.directory}: {error}") from error
 
@@ -184,7 +219,10 @@ def _plan(
     plans = {}
     for name, module in zip(names, modules, strict=True):
         if packed:
-            parts = packing.expected(settings, module, *shape)
+            try:
+                parts = packing.expected(settings, module, *shape)
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.directory}: {error}") from error
             plans[module] = {f"{module}.{part}": wanted for part, wanted in parts.items()}
         else:
             plans[module] = {name: ExpectedTensor(shape=shape[::-1] if transposed else shape, dtypes=FLOATS)}

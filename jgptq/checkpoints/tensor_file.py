@@ -26,6 +26,7 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": jnp.dtype(jnp.bfloat16),
+    "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "U32": np.dtype(np.uint32),
     "U8": np.dtype(np.uint8),

@@ -1,8 +1,9 @@
-"""save: a LanguageModel's parameters, float or packed, to a model directory that appears whole or not at all.
+"""save: a LanguageModel's parameters, float or packed, to a checkpoint that appears whole or not at all.
 
 Leaves are read, translated and written one after another, so that lazy ones are never in memory together.
 """
 
+import contextlib
 import dataclasses
 import glob
 import itertools
@@ -20,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.checkpoints import huggingface, tensor_file
-from jgptq.checkpoints.formats import FORMATS
+from jgptq.checkpoints import gguf, gguf_tokenizer, huggingface, orbax, tensor_file
+from jgptq.checkpoints.formats import FORMATS, PACKINGS
 from jgptq.checkpoints.layout import ExpectedTensor, Format
 from jgptq.models import LanguageModel
 from jgptq.tensor import Layout, QuantizedTensor
 
+# Of a source's config.json: how it was packed and in what dtype, and what names code that is not copied.
+NOT_KEPT = ("quantization_config", "compression_config", "dtype", "torch_dtype", "auto_map")
 COPIED = (
     "tokenizer.json",
     "tokenizer.model",
@@ -49,51 +52,82 @@ def save(
     extra_files: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a new model directory that `load` reads back bit for bit, in Hugging Face's layout.
+    """Writes a new checkpoint that `load` reads back bit for bit.
 
-    format: a name in FORMATS, for the packed kernels; a tree without any is a plain checkpoint in every format.
+    format: a name in FORMATS. "gptq", "awq" and "compressed-tensors" are directories in Hugging Face's layout, plain
+        ones if nothing is packed; "gguf" is one file; "orbax" is a directory in Orbax's layout.
     tokenizer_from: a directory whose tokenizer files are copied; None: `model.source`, where it has any.
-    extra_files: texts to write beside the weights, by file name; a report for example.
-    max_shard_bytes: weights beyond this are spread over several files.
+    extra_files: texts to write beside the weights, by file name; a report for example. Not for "gguf".
+    max_shard_bytes: weights beyond this are spread over several files; in Hugging Face's layout.
 
     Everything is written beside `path` under a hidden name, synced to disk and renamed. Raises FileExistsError if
-    `path` exists, and ValueError for parameters that are not this model's or that the format cannot hold.
+    `path` exists, and ValueError for parameters that are not this model's or that the format cannot hold. What GGUF
+    holds only nearly is in a UserWarning, with the largest change.
     """
     path = Path(path)
     if path.exists() or path.is_symlink():
-        raise FileExistsError(f"{path} exists; choose a new directory, or remove it first")
+        raise FileExistsError(f"{path} exists; choose a new name, or remove it first")
     if format not in FORMATS:
         raise ValueError(f"format={format!r}; choose one of {list(FORMATS)}")
     if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
         raise FileNotFoundError(f"tokenizer_from={str(tokenizer_from)!r} is not a directory")
-    _check(model, params)
-    config = _config(model, params, FORMATS[format])
-    leaves = _stored_leaves(model, params, FORMATS[format], config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
-    partial.mkdir()
-    try:
-        _write_json(partial / "config.json", config)
-        _write_shards(partial, leaves, max_shard_bytes)
-        if "quantization_config" in config:
-            _write_json(partial / "quantize_config.json", config["quantization_config"])
-        _copy_tokenizer(tokenizer_from or model.source, partial)
+    if format == "gguf" and extra_files:
+        raise ValueError(f"extra_files has {sorted(extra_files)}, but a GGUF file holds none; write them yourself")
+    _check(model, params, kernels_only=format != "orbax")
+    tokenizer = tokenizer_from or model.source
+    with _appearing(path) as partial:
+        if format == "gguf":
+            gguf.save(partial, model, params, tokenizer_from=tokenizer)
+            return
+        partial.mkdir()
+        if format == "orbax":
+            orbax.save(partial, _plain_config(model), params)
+        else:
+            _write_directory(partial, model, params, PACKINGS[format], max_shard_bytes)
+        _copy_tokenizer(tokenizer, partial)
         for name, text in (extra_files or {}).items():
             if Path(name).name != name or (partial / name).exists():
                 raise ValueError(f"extra_files has {name!r}; give plain file names that the format does not use itself")
             (partial / name).write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A hidden name beside `path` for a file or a directory, which is synced to disk and renamed if all goes well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+    try:
+        yield partial
         _sync(partial)
         partial.rename(path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise
     tensor_file.sync_directory(path.parent)
+
+
+def _write_directory(
+    directory: Path, model: LanguageModel, params: Mapping, packing: Format, max_shard_bytes: int
+) -> None:
+    config = _config(model, params, packing)
+    leaves = _stored_leaves(model, params, packing, config)
+    _write_json(directory / "config.json", config)
+    _write_shards(directory, leaves, max_shard_bytes)
+    if "quantization_config" in config:
+        _write_json(directory / "quantize_config.json", config["quantization_config"])
 
 
 def remove_partial(path: Path) -> None:
     """Deletes what a `save` to this path that was killed left beside it; for when no other can be under way."""
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        shutil.rmtree(partial)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _leaves(tree: Mapping) -> dict[tuple, Any]:
@@ -102,7 +136,8 @@ def _leaves(tree: Mapping) -> dict[tuple, Any]:
     return {tuple(getattr(key, "key", key) for key in keys): leaf for keys, leaf in flat}
 
 
-def _check(model: LanguageModel, params: Mapping) -> None:
+def _check(model: LanguageModel, params: Mapping, *, kernels_only: bool) -> None:
+    """ValueError unless these are the model's parameters, with (in, out) kernels alone packed if `kernels_only`."""
     wanted, given = _leaves(model.parameter_shapes), _leaves(params)
     problems = [f"{_dotted(path)} is missing" for path in wanted if path not in given]
     problems += [f"{_dotted(path)} is no parameter of this model" for path in given if path not in wanted]
@@ -110,8 +145,11 @@ def _check(model: LanguageModel, params: Mapping) -> None:
         leaf, shape = given[path], wanted[path].shape
         if tuple(leaf.shape) != shape:
             problems.append(f"{_dotted(path)} has shape {list(leaf.shape)}, not {list(shape)}")
-        elif isinstance(leaf, QuantizedTensor) and not _fits(model, path, leaf):
-            problems.append(f"{_dotted(path)} is packed, which only (in, out) kernels can be in a file; dequantize it")
+        elif kernels_only and isinstance(leaf, QuantizedTensor) and not _fits(model, path, leaf):
+            problems.append(
+                f"{_dotted(path)} is packed, which only (in, out) kernels can be in this format; dequantize it, or "
+                "choose format='orbax'"
+            )
     if problems:
         raise ValueError(f"these parameters cannot be saved: {'; '.join(problems)}")
 
@@ -130,7 +168,7 @@ def _config(model: LanguageModel, params: Mapping, packing: Format) -> dict[str,
     """config.json, with a quantization_config if anything is packed."""
     leaves = _leaves(params)
     dtype = Counter(jnp.dtype(leaf.dtype) for leaf in leaves.values()).most_common(1)[0][0]
-    config = {**model.config.to_dict(), "torch_dtype": dtype.name}
+    config = _plain_config(model) | {"torch_dtype": dtype.name}
     kernels = {
         module: leaf for path, leaf in leaves.items() if path[-1] == "kernel" for module in _modules(model, path, leaf)
     }
@@ -139,6 +177,16 @@ def _config(model: LanguageModel, params: Mapping, packing: Format) -> dict[str,
         return config
     left = [module for module in kernels if module not in packed]
     return config | {"quantization_config": packing.describe(packed, left, dtype)}
+
+
+def _plain_config(model: LanguageModel) -> dict[str, Any]:
+    """config.json without what is packed: the model's own keys, and those of its source that say other things."""
+    kept = {}
+    if model.source is not None and (Path(model.source) / "config.json").is_file():
+        source = huggingface.read_json(Path(model.source) / "config.json")
+        if source.get("model_type") == model.config.model_type:
+            kept = {name: value for name, value in source.items() if name not in NOT_KEPT}
+    return kept | model.config.to_dict()
 
 
 def _modules(model: LanguageModel, path: tuple, leaf: Any) -> dict[str, Any]:
@@ -235,15 +283,24 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _copy_tokenizer(source: str | Path | None, directory: Path) -> None:
+    """The tokenizer's files of a directory; of a GGUF file, its tokenizer as one, unless it has none."""
     if source is None:
+        return
+    if Path(source).is_file():
+        with contextlib.suppress(ValueError):
+            gguf_tokenizer.read_tokenizer(source).save(str(directory / "tokenizer.json"))
         return
     for name in COPIED:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, directory / name)
 
 
-def _sync(directory: Path) -> None:
-    for file in directory.iterdir():
-        with open(file, "rb+") as handle:
+def _sync(path: Path) -> None:
+    """Puts a file, or a directory and all in it, on disk for good."""
+    if path.is_dir():
+        for entry in path.iterdir():
+            _sync(entry)
+        tensor_file.sync_directory(path)
+    else:
+        with open(path, "rb+") as handle:
             os.fsync(handle.fileno())
-    tensor_file.sync_directory(directory)

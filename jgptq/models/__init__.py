@@ -1,5 +1,9 @@
 """Language models in Flax NNX, named by Hugging Face's model_type."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from jgptq.models import (
     bloom,
     falcon,
@@ -40,4 +44,13 @@ FILES = (
 )
 MODELS: dict[str, Architecture] = {file.ARCHITECTURE.model_type: file.ARCHITECTURE for file in FILES}
 
-__all__ = ["MODELS", "Architecture", "LanguageModel"]
+__all__ = ["MODELS", "Architecture", "LanguageModel", "language_model"]
+
+
+def language_model(config: Mapping[str, Any], source: Path | None = None) -> LanguageModel:
+    """The model that a config.json, as a dict, describes, from `source`; ValueError if it is not known."""
+    model_type = config.get("model_type")
+    if model_type not in MODELS:
+        raise ValueError(f"model_type={model_type!r} is not supported; known are {list(MODELS)}")
+    architecture = MODELS[model_type]
+    return LanguageModel(architecture=architecture, config=architecture.parse_config(config), source=source)

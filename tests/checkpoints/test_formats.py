@@ -1,0 +1,408 @@
+"""AWQ, compressed-tensors and Orbax: known words, whole checkpoints there and back, and what each refuses."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jgptq
+from jgptq import packing, tensor
+from jgptq.checkpoints import awq
+from jgptq.models import language_model
+
+CONFIG = {
+    "model_type": "qwen2",
+    "vocab_size": 48,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+
+pack = jax.jit(packing.pack, static_argnames="bits")
+
+
+def random_weight(random, shape, *, bits=4, group_size=32, symmetric=False, permuted=False, dtype="float32"):
+    """A packed weight of random codes, and the float64 matrix it stands for."""
+    in_features, out_features = shape
+    length = group_size or in_features
+    groups = -(-in_features // length)
+    codes = random.integers(0, 2**bits, shape)
+    scales = random.uniform(0.01, 0.1, (groups, out_features)).astype(np.float16)
+    zeros = np.full((groups, out_features), 2 ** (bits - 1))
+    if not symmetric:
+        zeros = random.integers(0, 2**bits, (groups, out_features))
+    group_of = np.arange(in_features) // length
+    matrix = scales.astype(np.float64)[group_of] * (codes - zeros[group_of])
+    permutation = random.permutation(in_features).astype(np.int32) if permuted else None
+    return tensor.QuantizedTensor(
+        codes=pack(jnp.asarray(codes, jnp.uint32), bits=bits),
+        scales=jnp.asarray(scales),
+        zeros=None if symmetric else jnp.asarray(zeros, jnp.uint8),
+        permutation=None if permutation is None else jnp.asarray(permutation),
+        bits=bits,
+        group_size=length,
+        dtype=jnp.dtype(dtype),
+        layout=tensor.Layout.dense(*shape),
+    ), matrix
+
+
+@pytest.fixture(scope="module")
+def model():
+    return language_model(CONFIG)
+
+
+def packed_params(model, skip=("lm_head",), **options):
+    """The model's parameters with random packed kernels, and the kernels' matrices by module."""
+    random, matrices = np.random.default_rng(0), {}
+
+    def leaf(keys, spec):
+        path = [str(key.key) for key in keys]
+        if path[-1] != "kernel" or path[-2] in skip:
+            return jnp.asarray(random.normal(0, 0.1, spec.shape), jnp.float32)
+        weight, matrices[".".join(path[:-1])] = random_weight(random, spec.shape, **options)
+        return weight
+
+    return jax.tree_util.tree_map_with_path(leaf, model.parameter_shapes), matrices
+
+
+def assert_identical(given, wanted):
+    assert jax.tree.structure(given) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+HELD = {
+    "awq": [{}, {"group_size": None}, {"symmetric": True}],
+    "compressed-tensors": [
+        {},
+        {"symmetric": True, "group_size": None},
+        {"bits": 3},
+        {"bits": 8, "symmetric": True},
+        {"bits": 2, "group_size": None},
+    ],
+    "orbax": [{"bits": 3, "group_size": 40}, {"symmetric": True, "permuted": True}],
+}
+
+
+@pytest.mark.parametrize(("format", "options"), [(name, options) for name in HELD for options in HELD[name]])
+def test_packed_parameters_survive_bit_for_bit(format, options, model, tmp_path):
+    params, _ = packed_params(model, **options)
+    jgptq.save(tmp_path / "out", model, params, format=format)
+    again, read = jgptq.load(tmp_path / "out")
+    assert again == model
+    assert_identical(read, params)
+
+
+def fields(words, order):
+    """The 4-bit fields of int32 words along the last axis, the field `order` says for each value."""
+    words = np.asarray(words).view(np.uint32).astype(np.int64)
+    return np.stack([words >> 4 * order.index(k) & 15 for k in range(8)], axis=-1).reshape(len(words), -1)
+
+
+def test_awq_words_hold_outputs_in_the_order_its_kernels_want(model, tmp_path):
+    assert awq._to_words(np.arange(8, dtype=np.uint8)[None]).view(np.uint32) == 0x75316420
+    params, matrices = packed_params(model)
+    jgptq.save(tmp_path / "out", model, params, format="awq")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for module, matrix in matrices.items():
+        codes = fields(stored[f"{module}.qweight"], [0, 2, 4, 6, 1, 3, 5, 7])
+        zeros = fields(stored[f"{module}.qzeros"], [0, 2, 4, 6, 1, 3, 5, 7])
+        group_of = np.arange(len(codes)) // 32
+        scales = stored[f"{module}.scales"].astype(np.float64)
+        np.testing.assert_array_equal(scales[group_of] * (codes - zeros[group_of]), matrix)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compressed_tensors_are_the_transposes_of_gptqs(bits, model, tmp_path):
+    params, matrices = packed_params(model, bits=bits)
+    for format in ("compressed-tensors", "gptq"):
+        jgptq.save(tmp_path / format, model, params, format=format)
+    ours, gptqs = (load_file(tmp_path / format / "model.safetensors") for format in ("compressed-tensors", "gptq"))
+    for module, matrix in matrices.items():
+        np.testing.assert_array_equal(ours[f"{module}.weight_packed"], gptqs[f"{module}.qweight"].T)
+        np.testing.assert_array_equal(ours[f"{module}.weight_scale"], gptqs[f"{module}.scales"].T)
+        np.testing.assert_array_equal(ours[f"{module}.weight_zero_point"], gptqs[f"{module}.qzeros"].T)
+        assert ours[f"{module}.weight_shape"].tolist() == list(matrix.T.shape)
+
+
+def quantization_config(directory):
+    return json.loads((directory / "config.json").read_text())["quantization_config"]
+
+
+def test_compressed_tensors_config_says_which_modules_are_packed_how(model, tmp_path):
+    params, _ = packed_params(model, symmetric=True)
+    jgptq.save(tmp_path / "one", model, params, format="compressed-tensors")
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    assert quantization_config(tmp_path / "one") == {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    attention = params["model"]["layers"][0]["self_attn"]
+    attention["q_proj"]["kernel"], _ = random_weight(np.random.default_rng(1), (64, 64), bits=8, group_size=None)
+    jgptq.save(tmp_path / "two", model, params, format="compressed-tensors")
+    groups = quantization_config(tmp_path / "two")["config_groups"]
+    assert ["model.layers.0.self_attn.q_proj"] in [group["targets"] for group in groups.values()]
+    assert_identical(jgptq.load(tmp_path / "two")[1], params)
+
+
+def with_config(directory, change):
+    config = json.loads((directory / "config.json").read_text())
+    change(config["quantization_config"])
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def test_compressed_tensors_in_order_of_activations_are_read(model, tmp_path):
+    """As older versions of llm-compressor wrote them: codes in natural order, and the group of each input."""
+    random = np.random.default_rng(2)
+    params, matrices = packed_params(model, symmetric=True)
+    jgptq.save(tmp_path / "out", model, params, format="compressed-tensors")
+    file = tmp_path / "out" / "model.safetensors"
+    stored = load_file(file)
+    for module, matrix in matrices.items():
+        order = random.permutation(len(matrix))
+        codes = jnp.asarray(np.asarray(tensor.unpack_codes(leaf_of(params, module)))[order], jnp.uint32)
+        stored[f"{module}.weight_packed"] = np.ascontiguousarray(np.asarray(pack(codes, bits=4)).T).view(np.int32)
+        stored[f"{module}.weight_g_idx"] = (order // 32).astype(np.int32)
+        matrices[module] = matrix[order]
+    save_file(stored, file)
+    with_config(tmp_path / "out", lambda q: q["config_groups"]["group_0"]["weights"].update(actorder="group"))
+    _, read = jgptq.load(tmp_path / "out")
+    for module, matrix in matrices.items():
+        np.testing.assert_array_equal(jgptq.dequantize(leaf_of(read, module)), matrix)
+
+
+def leaf_of(params, module):
+    for name in module.split("."):
+        params = params[int(name) if name.isdigit() else name]
+    return params["kernel"]
+
+
+REFUSED = [
+    ("awq", {"bits": 3}, r"_proj and 6 more: 3 bits, where the format has 4"),
+    ("awq", {"group_size": 40}, r"its last group is short: 64 inputs in groups of 40"),
+    ("awq", {"permuted": True}, r"inputs are in the groups of act_order=True; quantize with act_order='static'"),
+    ("compressed-tensors", {"permuted": True}, r"act_order=True"),
+    ("compressed-tensors", {"group_size": 40}, r"its last group is short"),
+]
+
+
+@pytest.mark.parametrize(("format", "options", "message"), REFUSED)
+def test_what_a_format_cannot_hold_is_refused(format, options, message, model, tmp_path):
+    params, _ = packed_params(model, **options)
+    with pytest.raises(
+        ValueError, match=rf"^'{format}' checkpoints cannot hold these weights as they are: .*{message}"
+    ):
+        jgptq.save(tmp_path / "out", model, params, format=format)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "compressed-tensors"])
+def test_zeros_that_are_no_whole_numbers_are_refused(format, model, tmp_path):
+    params, _ = packed_params(model)
+    mlp = params["model"]["layers"][0]["mlp"]
+    kernel = mlp["up_proj"]["kernel"]
+    mlp["up_proj"]["kernel"] = dataclasses.replace(kernel, zeros=kernel.zeros + np.float32(0.5))
+    with pytest.raises(ValueError, match=r"up_proj: its zeros are no whole numbers"):
+        jgptq.save(tmp_path / "out", model, params, format=format)
+    jgptq.save(tmp_path / "out", model, params, format="orbax")
+    assert_identical(jgptq.load(tmp_path / "out")[1], params)
+
+
+CONFIGS = [
+    ("awq", lambda q: q.update(bits=8), r"bits=8; AWQ checkpoints have 4"),
+    ("awq", lambda q: q.update(version="gemv"), r"version='gemv'; of AWQ's layouts this reads 'gemm'"),
+    ("awq", lambda q: q.update(group_size=-5), r"group_size=-5"),
+    ("awq", lambda q: q.update(group_size=10**9), r"AWQ needs whole groups of 1000000000 inputs"),
+    ("awq", lambda q: q.update(meta=3), r"meta and its dtypes must be objects"),
+    ("awq", lambda q: q.update(quant_method="hqq"), r"quant_method='hqq' is not supported; known are \['gptq', 'awq'"),
+    ("compressed-tensors", lambda q: q.update(format="int-quantized"), r"format='int-quantized'"),
+    ("compressed-tensors", lambda q: q.update(config_groups={}), r"config_groups must be an object with at least one"),
+    ("compressed-tensors", lambda q: q["config_groups"]["group_0"].pop("weights"), r"group_0 has no weights"),
+    ("compressed-tensors", lambda q: q["config_groups"]["group_0"].update(targets=["re:("]), r"no regular expression"),
+    (
+        "compressed-tensors",
+        lambda q: q["config_groups"]["group_0"].update(targets=["a.b"]),
+        r"no config group .* targets",
+    ),
+    ("compressed-tensors", lambda q: q["config_groups"]["group_0"].update(targets=3), r"must be a list of names"),
+    (
+        "compressed-tensors",
+        lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8}),
+        r"group_0 quantizes activations",
+    ),
+    (
+        "compressed-tensors",
+        lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=5),
+        r"5 bits of type 'int'; this reads",
+    ),
+    (
+        "compressed-tensors",
+        lambda q: q["config_groups"]["group_0"]["weights"].update(strategy="tensor"),
+        r"strategy='tensor'; this reads",
+    ),
+    (
+        "compressed-tensors",
+        lambda q: q["config_groups"]["group_0"]["weights"].update(group_size=0),
+        r"group_size=0; give a positive integer",
+    ),
+    (
+        "compressed-tensors",
+        lambda q: q["config_groups"]["group_0"]["weights"].update(group_size=16),
+        r"q_proj.weight_scale has shape \[64, 2\], not \[64, 4\]",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved")
+    params, _ = packed_params(model)
+    for format in ("awq", "compressed-tensors", "orbax"):
+        jgptq.save(directory / format, model, params, format=format)
+    return directory
+
+
+@pytest.mark.parametrize(("format", "change", "message"), CONFIGS)
+def test_a_config_that_is_not_understood_is_refused(format, change, message, saved, tmp_path):
+    shutil.copytree(saved / format, tmp_path / "out")
+    with_config(tmp_path / "out", change)
+    (tmp_path / "out" / "quantize_config.json").unlink()
+    with pytest.raises(ValueError, match=message):
+        jgptq.load(tmp_path / "out")
+
+
+def test_a_weight_shape_that_disagrees_is_refused(saved, tmp_path):
+    shutil.copytree(saved / "compressed-tensors", tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    stored["model.layers.0.mlp.up_proj.weight_shape"][0] = 7
+    save_file(stored, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"up_proj.weight_shape says \[7, 64\], but the model has \[96, 64\]"):
+        jgptq.load(tmp_path / "out")
+
+
+def damaged_static(change):
+    def damage(directory):
+        content = json.loads((directory / "jgptq.json").read_text())
+        change(content)
+        (directory / "jgptq.json").write_text(json.dumps(content))
+
+    return damage
+
+
+def first(content):
+    return next(iter(content["packed"].values()))
+
+
+def cut_largest(directory):
+    file = max(directory.iterdir(), key=lambda file: file.stat().st_size)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGED_ORBAX = [
+    (damaged_static(lambda c: c.update(version=2)), r"has format='orbax', version=2; this reads 'orbax', 1"),
+    (damaged_static(lambda c: c.update(packed=[])), r"packed must be an object"),
+    (damaged_static(lambda c: first(c).update(bits=5)), r"jgptq.json is damaged: .*bits=5"),
+    (damaged_static(lambda c: first(c).pop("layout")), r"jgptq.json is damaged: KeyError\('layout'\)"),
+    (damaged_static(lambda c: first(c)["layout"].update(in_axes=[7])), r"jgptq.json is damaged"),
+    (damaged_static(lambda c: first(c)["layout"].update(factors=[3, 3])), r"jgptq.json is damaged"),
+    (damaged_static(lambda c: first(c).update(group_size=8)), r"does not fit its config.json: .*scales is float16"),
+    (damaged_static(lambda c: c["packed"].popitem()), r"does not fit its config.json: .*kernel.* is"),
+    (lambda d: (d / "params" / "_METADATA").write_text("{"), r"params is no readable Orbax checkpoint"),
+    (lambda d: shutil.rmtree(d / "params" / "d"), r"params is no readable Orbax checkpoint"),
+    (lambda d: cut_largest(d / "params" / "d"), r"params (is no readable|cannot be restored)"),
+    (lambda d: shutil.rmtree(d / "params"), r"params is no readable Orbax checkpoint"),
+]
+
+
+# TensorStore's callbacks find Orbax's event loop closed after a failure.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("damage", "message"), DAMAGED_ORBAX)
+def test_a_damaged_orbax_directory_is_refused(damage, message, saved, tmp_path):
+    shutil.copytree(saved / "orbax", tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        jgptq.load(tmp_path / "out")
+
+
+def test_orbax_itself_saves_and_restores_packed_pytrees(tmp_path):
+    """Any tree of them, of any function: with no file of ours, the tree itself says what is static."""
+    weight, _ = random_weight(np.random.default_rng(0), (64, 16))
+    params = {"dense": {"kernel": weight, "bias": jnp.ones(16)}}
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "params", params)
+        checkpointer.wait_until_finished()
+        abstract = jax.tree.map(orbax.checkpoint.utils.to_shape_dtype_struct, params)
+        assert_identical(checkpointer.restore(tmp_path / "params", abstract), params)
+
+
+def test_arrays_are_restored_to_the_shards_asked_for(saved):
+    """On four devices, in a process of its own."""
+    script = textwrap.dedent(
+        f"""
+        import jax, numpy as np, jgptq
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+        def sharding(path, spec):
+            wide = ".kernel" in path and path.endswith(("codes", "scales", "zeros"))
+            return NamedSharding(mesh, P(None, "model") if wide else P())
+        for format in ("orbax", "awq"):
+            model, params = jgptq.load("{saved}/" + format, sharding=sharding)
+            _, plain = jgptq.load("{saved}/" + format)
+            kernel = params["model"]["layers"][0]["mlp"]["up_proj"]["kernel"]
+            assert kernel.codes.sharding.shard_shape(kernel.codes.shape) == (8, 24), kernel.codes.sharding
+            assert all(len(a.sharding.device_set) == 4 for a in jax.tree.leaves(params))
+            jax.tree.map(np.testing.assert_array_equal, params, plain)
+            tokens = np.arange(12)[None]
+            np.testing.assert_allclose(
+                jax.jit(model.apply)(params, tokens), jax.jit(model.apply)(plain, tokens), atol=1e-4
+            )
+        print("equal")
+        """
+    )
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout == "equal\n", done.stderr
+
+
+@pytest.mark.parametrize("format", ["gptq", "orbax"])
+def test_what_else_a_config_says_is_kept(format, model, tmp_path):
+    params, _ = packed_params(model)
+    jgptq.save(tmp_path / "first", model, params, format="awq")
+    config = json.loads((tmp_path / "first" / "config.json").read_text())
+    extra = {"transformers_version": "5.23.0", "my_key": [1, {"a": None}]}
+    remote = {"auto_map": {"AutoModel": "code.Model"}, "dtype": "float16"}
+    (tmp_path / "first" / "config.json").write_text(json.dumps({**config, **extra, **remote}))
+    read_model, read = jgptq.load(tmp_path / "first")
+    jgptq.save(tmp_path / "second", read_model, read, format=format)
+    again = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert {name: again[name] for name in extra} == extra
+    assert not set(remote) & set(again)
+    assert again.get("quantization_config", {}).get("quant_method", format) == format
+
+
+def test_a_stack_of_layouts_that_only_orbax_holds(model, tmp_path):
+    params, _ = packed_params(model)
+    embedding = params["model"]["embed_tokens"]
+    weight, _ = random_weight(np.random.default_rng(3), (64, 48))
+    layout = tensor.Layout(shape=(48, 64), factors=(48, 64), in_axes=(1,), out_axes=(0,))
+    embedding["embedding"] = dataclasses.replace(weight, layout=layout)
+    with pytest.raises(ValueError, match=r"embedding is packed, which only .* choose format='orbax'"):
+        jgptq.save(tmp_path / "out", model, params)
+    jgptq.save(tmp_path / "out", model, params, format="orbax")
+    assert_identical(jgptq.load(tmp_path / "out")[1], params)
