@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,6 +33,8 @@ from jgptq.checkpoints.layout import (
 )
 
 VERSIONS = ("gptq", "gptq_v2")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+CODES_AT_ONCE = 1 << 24  # codes of a weight that are unpacked at once to be put in another order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,19 +47,17 @@ class WeightSettings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "WeightSettings":
-        bits, group_size = config.get("bits"), config.get("group_size", -1)
-        if bits not in grids.BITS:
+        bits, group_size, symmetric = config.get("bits"), config.get("group_size", -1), config.get("sym", True)
+        if type(bits) is not int or bits not in grids.BITS:
             raise ValueError(f"quantization_config: bits={bits!r}; this reads {grids.BITS}")
         if group_size is not None and (type(group_size) is not int or group_size < -1 or group_size == 0):
             raise ValueError(
                 f"quantization_config: group_size={group_size!r}; a positive integer is allowed, "
                 "or -1 for one group an output feature"
             )
-        return cls(
-            bits=bits,
-            group_size=None if group_size in (-1, None) else group_size,
-            symmetric=bool(config.get("sym", True)),
-        )
+        if type(symmetric) is not bool:
+            raise ValueError(f"quantization_config: sym={symmetric!r}; true or false is allowed")
+        return cls(bits=bits, group_size=None if group_size in (-1, None) else group_size, symmetric=symmetric)
 
     def group_length(self, in_features: int) -> int:
         return in_features if self.group_size is None else min(self.group_size, in_features)
@@ -95,12 +96,15 @@ def parse(config: Mapping[str, Any]) -> Settings:
             raise ValueError(f"quantization_config: dynamic key {key!r} is no regular expression ({error})") from error
         if sign == "+:":
             overrides.append((compiled, WeightSettings.from_config({**config, **values})))
+    dtypes = meta.get("dtypes") or {}
+    if not isinstance(dtypes, dict) or not all(dtype in DTYPES for dtype in dtypes.values()):
+        raise ValueError(f"quantization_config: meta.dtypes must be an object whose values are each one of {DTYPES}")
     return Settings(
         version=version,
         weights=WeightSettings.from_config(config),
         overrides=tuple(overrides),
         written_by_gptqmodel="gptqmodel" in str(meta.get("quantizer", "")).lower(),
-        dtypes=meta.get("dtypes") or {},
+        dtypes=dtypes,
     )
 
 
@@ -133,8 +137,7 @@ def decode(
     words = jnp.asarray(tensors["qweight"].view(np.uint32))
     permutation = permutation_of(f"{module}.g_idx", tensors["g_idx"], group_size)
     if permutation is not None:
-        codes = unpack(words, bits=own.bits, length=in_features)
-        words = pack(codes[permutation], bits=own.bits)
+        words = _reorder(words, permutation, own.bits)
     zeros = _zeros(settings, module, tensors["qzeros"].view(np.uint32), out_features)
     return tensor.QuantizedTensor(
         codes=words,
@@ -182,6 +185,7 @@ def describe(weights: Mapping[str, tensor.QuantizedTensor], left: Sequence[str],
         "pack_dtype": "int32",
         "lm_head": "lm_head" in weights,
         **({"dynamic": dynamic} if dynamic else {}),
+        **_modules_in_block(weights, left),
         "meta": meta | ({"dtypes": dtypes} if dtypes else {}),
     }
 
@@ -191,10 +195,7 @@ def encode(settings: Settings, weight: tensor.QuantizedTensor) -> dict[str, np.n
     words, groups = weight.codes, np.arange(weight.in_features, dtype=np.int32) // weight.group_size
     if weight.permutation is not None:
         inverse = np.argsort(np.asarray(weight.permutation))
-        words, groups = (
-            pack(unpack(words, bits=weight.bits, length=weight.in_features)[inverse], bits=weight.bits),
-            groups[inverse],
-        )
+        words, groups = _reorder(words, inverse, weight.bits), groups[inverse]
     midpoint = 2 ** (weight.bits - 1)
     zeros = jnp.full(weight.scales.shape, midpoint, jnp.uint8) if weight.zeros is None else weight.zeros
     fields = zeros - 1 if settings.version == "gptq" else zeros
@@ -204,6 +205,16 @@ def encode(settings: Settings, weight: tensor.QuantizedTensor) -> dict[str, np.n
         "scales": np.asarray(weight.scales),
         "g_idx": groups,
     }
+
+
+def _reorder(words: Any, order: np.ndarray, bits: int) -> jax.Array:
+    """Packed rows in another order: row k of the result is row order[k]. Some columns at a time."""
+    columns = max(1, CODES_AT_ONCE // len(order))
+    parts = [
+        pack(unpack(words[:, start : start + columns], bits=bits, length=len(order))[order], bits=bits)
+        for start in range(0, words.shape[1], columns)
+    ]
+    return jnp.concatenate(parts, axis=1)
 
 
 def _zeros(settings: Settings, module: str, words: np.ndarray, out_features: int) -> np.ndarray | None:
@@ -231,6 +242,21 @@ def _zeros(settings: Settings, module: str, words: np.ndarray, out_features: int
         return (fields + np.uint8(1)) & np.uint8(largest)
     ones = np.uint32(sum(1 << shift for shift in range(0, 32, own.bits)))
     return unpack_rows(words + ones, own.bits, out_features)
+
+
+def _modules_in_block(weights: Mapping[str, Any], left: Sequence[str]) -> dict[str, list[list[str]]]:
+    """What transformers goes by in place of "dynamic": the packed modules of a block, where a block has others too.
+
+    By the ends of their names below the block's number; by their whole names where blocks differ.
+    """
+    packed, floats = (
+        {name: inside[1] for name in names if (inside := re.fullmatch(r".*?\.\d+\.(.+)", name))}
+        for names in (weights, left)
+    )
+    if not packed or not floats:
+        return {}
+    differ = set(packed.values()) & set(floats.values())
+    return {"modules_in_block_to_quantize": [list(packed if differ else dict.fromkeys(packed.values()))]}
 
 
 def _commonest(values: Any) -> Any:

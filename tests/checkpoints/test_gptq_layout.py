@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgptq import grid, tensor
+from jgptq import grid, packing, tensor
 from jgptq.checkpoints import gptq
 
 # Codes (7 i + 3) mod 2**bits, i = 0 .. 31, as GPTQModel's own packer writes them.
@@ -180,11 +180,50 @@ def test_config_names_the_weights_that_differ():
         assert own.group_length(one.in_features) == one.group_size
 
 
+def test_config_says_which_modules_of_a_block_are_packed():
+    one = weight(in_features=32, out_features=8, bits=4, symmetric=True)
+    packed = {f"model.layers.{k}.{name}": one for k in (0, 1) for name in ("attn.q_proj", "mlp.up_proj")}
+    left = [f"model.layers.{k}.attn.o_proj" for k in (0, 1)]
+
+    def blocks(weights, left):
+        return gptq.describe(weights, left, jnp.dtype("float32")).get("modules_in_block_to_quantize")
+
+    assert blocks(packed, left) == [["attn.q_proj", "mlp.up_proj"]]
+    assert blocks(packed, ["lm_head"]) is None
+    assert blocks({"lm_head": one}, left) is None
+    del packed["model.layers.0.attn.q_proj"]
+    assert blocks(packed, ["model.layers.0.attn.q_proj"]) == [list(packed)]
+
+
+@pytest.mark.parametrize("columns", [1, 5])
+def test_act_order_is_read_and_written_some_columns_at_a_time(columns, monkeypatch):
+    one = weight(in_features=64, out_features=8, bits=3, group_size=32, permuted=True)
+    tensors = gptq.encode(settings_of(one), one)
+    sizes = []
+
+    def counted(words, **options):
+        codes = packing.unpack(words, **options)
+        sizes.append(codes.size)
+        return codes
+
+    monkeypatch.setattr(gptq, "unpack", counted)
+    monkeypatch.setattr(gptq, "CODES_AT_ONCE", columns * 64)
+    for part, array in gptq.encode(settings_of(one), one).items():
+        np.testing.assert_array_equal(array, tensors[part])
+    assert_identical(gptq.decode(settings_of(one), "layer", (64, 8), tensors, "float32"), one)
+    assert max(sizes) == columns * 64
+    assert sum(sizes) == 2 * 64 * 8
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"bits": 5}, r"bits=5; this reads \(2, 3, 4, 8\)"),
         ({}, "bits=None"),
+        ({"bits": 4.0}, "bits=4.0"),
+        ({"bits": 4, "sym": "false"}, "sym='false'; true or false is allowed"),
+        ({"bits": 4, "meta": {"dtypes": ["layer"]}}, "meta.dtypes must be an object whose values are each one of"),
+        ({"bits": 4, "meta": {"dtypes": {"layer": "int8"}}}, "meta.dtypes must be an object whose values are each"),
         ({"bits": 4, "group_size": 0}, "group_size=0; a positive integer is allowed, or -1"),
         ({"bits": 4, "checkpoint_format": "gptq_p"}, r"checkpoint_format='gptq_p'; this reads \('gptq', 'gptq_v2'\)"),
         ({"bits": 4, "pack_dtype": "int64"}, "pack_dtype='int64'; this reads int32"),
