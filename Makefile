@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 FLAX_VENV := .venv-flax
+CLIENTS_VENV := .venv-clients
 
 .PHONY: demo test lint bench clean
 
@@ -10,10 +11,11 @@ demo: $(VENV)/installed
 	$(VENV)/bin/jgptq demo
 
 # Installs the test dependencies and runs every test. transformers 5 has no Flax classes, so the tests on those have
-# an environment of their own.
-test: $(VENV)/installed-test $(FLAX_VENV)/installed lint
+# an environment of their own; the libraries that read our checkpoints pin many of their dependencies, and have another.
+test: $(VENV)/installed-test $(FLAX_VENV)/installed $(CLIENTS_VENV)/installed lint
 	$(FLAX_VENV)/bin/python -m pytest -q tests/flax_ports
-	$(VENV)/bin/python -m pytest -q -n 2 --ignore=tests/flax_ports
+	JGPTQ_CLIENTS=required $(CLIENTS_VENV)/bin/python -m pytest -q tests/clients
+	$(VENV)/bin/python -m pytest -q -n 2 --ignore=tests/flax_ports --ignore=tests/clients
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check jgptq tests benchmarks examples
@@ -40,5 +42,14 @@ $(FLAX_VENV)/installed: pyproject.toml
 	$(FLAX_VENV)/bin/python -m pip install --quiet -e .[flax-ports]
 	touch $@
 
+# gptqmodel asks for a newer PyTorch and for much that only its other backends import. Nothing is compiled to bytecode
+# ahead: most of it is never imported.
+$(CLIENTS_VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --no-compile torch==2.13.0
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --no-compile -e .[clients]
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --no-compile --no-deps gptqmodel==7.7.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(FLAX_VENV)
+	rm -rf $(VENV) $(FLAX_VENV) $(CLIENTS_VENV)
