@@ -93,6 +93,8 @@ def batches(
         if value < least:
             raise ValueError(f"{name}={value}; give an integer of at least {least}")
     documents, ids = _documents_or_ids(source, tokenizer)
+    if ids is not None and chat_template is not None:
+        raise ValueError("token ids take no chat template; give texts or conversations, or leave chat_template out")
     bos = None if tokenizer is None else bos_token(tokenizer)
     content = seq_len - (bos is not None)
     rng = np.random.default_rng(seed)

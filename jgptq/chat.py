@@ -82,7 +82,8 @@ def load_chat_template(directory: str | Path) -> ChatTemplate:
     file = directory / TEMPLATE_FILE
     if file.is_file():
         try:
-            source = file.read_text(encoding="utf-8")
+            with open(file, encoding="utf-8") as handle:
+                source = handle.read(MAX_TEMPLATE + 1)
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error}); fetch it again") from error
     else:
@@ -93,7 +94,7 @@ def load_chat_template(directory: str | Path) -> ChatTemplate:
             f"use a model made for chat, or plain text"
         )
     if len(source) > MAX_TEMPLATE:
-        raise ValueError(f"the chat template {file} has {len(source):,} characters; at most {MAX_TEMPLATE:,} are read")
+        raise ValueError(f"the chat template {file} has more than {MAX_TEMPLATE:,} characters; fetch the model again")
     template = ChatTemplate(source=source, special_tokens=_special_tokens(config), file=file)
     try:
         _ = template._compiled

@@ -388,7 +388,8 @@ def _eval(options: argparse.Namespace) -> None:
         print(json.dumps(result, indent=1))
     else:
         for name, value in result.items():
-            print(f"{name.replace('_', ' '):22}", f"{value:.5f}" if isinstance(value, float) else value)
+            if value is not None and value is not False:
+                print(f"{name.replace('_', ' '):22}", f"{value:.5f}" if isinstance(value, float) else value)
 
 
 def _evaluation_tokens(

@@ -88,8 +88,8 @@ def _is_json(file: Path) -> bool:
 
 def _read(file: Path) -> str:
     try:
-        content = file.read_bytes()
-        return (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8")
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as handle:
+            return handle.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error}); convert it, with iconv for example") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -182,6 +182,7 @@ def test_stories_are_cut_into_windows_with_their_bos_between_and_in_front():
         ([text(0, 40)], {"samples": 0}, "samples=0"),
         ([text(0, 40)], {"seq_len": 1}, "seq_len=1; give an integer of at least 2"),
         ([text(0, 40)], {"batch_size": 0}, "batch_size=0"),
+        (range(40), {"chat_template": CHAT}, "token ids take no chat template"),
     ],
 )
 def test_bad_sources_are_named(source, options, message):

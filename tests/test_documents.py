@@ -15,10 +15,21 @@ def test_a_text_file_is_cut_at_the_marker():
     assert split_documents("\na\n<|endoftext|>\n \n<|endoftext|>b\nc\n") == ["a", "b\nc"]
 
 
+def test_how_a_system_ends_lines_and_marks_its_files_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffa\r\nb".encode())
+    (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "a"}\r\n{"text": "b"}\r\n'.encode())
+    assert read_documents(tmp_path / "a.txt") == ["a\nb"]
+    assert read_documents(tmp_path / "a.jsonl") == ["a", "b"]
+
+
 def test_json_lines_are_a_document_each_under_the_number_of_their_line(tmp_path):
     file = tmp_path / "some.jsonl"
-    lines = [json.dumps({"text": "one\u2028line\nand more", "id": 3}), "", json.dumps({"messages": CONVERSATION})]
-    file.write_text("\r\n".join(lines) + "\n", encoding="utf-8", newline="")
+    lines = [
+        json.dumps({"text": "one\u2028line\nand more", "id": 3}, ensure_ascii=False),
+        "",
+        json.dumps({"messages": CONVERSATION}),
+    ]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert read_documents(file) == ["one\u2028line\nand more", "", CONVERSATION]
 
 
