@@ -121,8 +121,8 @@ class QuantizedTensor:
 
     codes: uint32 words (batch…, words, out), `bits` a code along the input axis (see jgptq.packing).
     scales: (batch…, groups, out) float16 unless the grid asked otherwise.
-    zeros: (batch…, groups, out) uint8; None: the symmetric grid's constant 2**(bits - 1). They are float32 where another
-        library's file has groups that begin anywhere (see `has_integer_zeros`).
+    zeros: (batch…, groups, out) uint8; None: the symmetric grid's constant 2**(bits - 1). Where a file has groups that
+        begin anywhere they are float32 (see `has_integer_zeros`).
     permutation: (batch…, in) int32; stored row k is input permutation[k]. None: natural order.
     group_size: stored rows that share a scale; the last group may be short.
     dtype: of the logical array; layout: how that array maps to (batch…, in, out).

@@ -68,7 +68,9 @@ def rounding(weight: QuantizedTensor) -> float:
         return 0.0
     scales, exact = np.asarray(weight.scales, np.float64), _exact_minimum(weight)
     change = np.abs(_minimum(weight).astype(np.float64) - exact)
-    return float(np.max(np.divide(change, np.abs(scales), out=np.zeros_like(change), where=scales != 0)))
+    # Zeros that are quotients of float16 minima give those back, but for float32's own rounding.
+    told = (scales != 0) & (change > np.abs(exact) * 2.0**-22)
+    return float(np.max(np.divide(change, np.abs(scales), out=np.zeros_like(change), where=told)))
 
 
 def _exact_minimum(weight: QuantizedTensor) -> np.ndarray:
@@ -89,7 +91,7 @@ def encode(weight: QuantizedTensor, order: np.ndarray | None) -> np.ndarray:
     groups = block_groups(weight)
     outputs = slice(None) if order is None else order
 
-    def by_block(values: np.ndarray) -> np.ndarray:
+    def by_block(values: np.ndarray | jax.Array) -> np.ndarray:
         return np.asarray(values).astype(HALF)[groups].T[outputs]
 
     blocks = codes.T[outputs].reshape(weight.out_features, -1, LENGTH)

@@ -99,7 +99,7 @@ class Said:
         return decimal(value) if isinstance(value, float) else value
 
 
-def decimal(value: float) -> float:
+def decimal(value: float | np.floating) -> float:
     """The shortest number that rounds to the same float32: 1e-6 where the file has 9.99999997e-7."""
     return float(str(np.float32(value)))
 
@@ -157,13 +157,21 @@ def _phi3(config: Mapping[str, Any], said: Said) -> Mapping[str, Any]:
     return {"original_max_position_embeddings": length, "sliding_window": said.get("attention.sliding_window") or None}
 
 
+def _gpt2(config: Mapping[str, Any], said: Said) -> Mapping[str, Any]:
+    return {"n_inner": None} if config["n_inner"] == 4 * config["n_embd"] else {}
+
+
 def _falcon(config: Mapping[str, Any], said: Said) -> Mapping[str, Any]:
     """One head of keys and values is the old architecture's, unless there are two norms."""
     heads = said.get("attention.head_count_kv", config["num_attention_heads"])
     two_norms = "blk.0.attn_norm_2.weight" in said.tensors
     if heads == 1 and not two_norms:
         return {"multi_query": True}
-    return {"new_decoder_architecture": True, "num_kv_heads": heads, "num_ln_in_parallel_attn": 1 + two_norms}
+    return {
+        "new_decoder_architecture": True,
+        "num_kv_heads": heads,
+        "num_ln_in_parallel_attn": None if two_norms else 1,
+    }
 
 
 def _head_lengths(config: Any) -> dict[str, Any]:
@@ -235,6 +243,7 @@ DIALECTS = {
             model_type="gpt2",
             name="gpt2",
             keys=GPT2,
+            implied=_gpt2,
             extra=lambda config: {"feed_forward_length": config.n_inner or 4 * config.n_embd},
         ),
         Dialect(model_type="gpt_neox", name="gptneox", keys=GPT_NEOX, fused=True),
@@ -280,7 +289,8 @@ def describe(model: LanguageModel, names: Collection[str]) -> tuple[dict[str, An
     if "rope" in vars(config):
         rope, tensors = _describe_rope(dialect, config)
         own |= rope
-    metadata: dict[str, Any] = {"general.architecture": dialect.name, "general.name": dialect.model_type}
+    # Not general.name: transformers cannot load a file that calls itself "mistral" there.
+    metadata: dict[str, Any] = {"general.architecture": dialect.name, "general.basename": dialect.model_type}
     metadata |= {f"{dialect.name}.{key}": value for key, value in own.items()}
     ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
     tokens = {"bos": config.bos_token_id, **dict(zip(END_TOKENS, ends, strict=False))}
@@ -341,9 +351,9 @@ def model_type_of(said: Said) -> str:
     # Three models share the name. With neither window nor experts a Mistral is a Llama in all but name.
     if said.get("expert_count", 0):
         return "mixtral"
-    title = said.metadata.get("general.name")
+    title = said.metadata.get("general.basename")
     windowed = said.get("attention.sliding_window") is not None
-    return "mistral" if windowed or (isinstance(title, str) and title == "mistral") else "llama"
+    return "mistral" if windowed or (isinstance(title, str) and title.lower() == "mistral") else "llama"
 
 
 def read_fields(said: Said) -> dict[str, Any]:
