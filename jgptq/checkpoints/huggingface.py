@@ -14,8 +14,17 @@ from jgptq.checkpoints.tensor_file import StoredTensor, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja")
+# AutoGPTQ's files are gptq_model-4bit-128g.safetensors and the like.
+HUB_FILES = (
+    "*.json",
+    "model*.safetensors",
+    "gptq_model*.safetensors",
+    "tokenizer.model",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +51,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         quantization = read_json(directory / "quantize_config.json")
     if quantization is not None and not isinstance(quantization, dict):
         raise ValueError(f"{directory / 'config.json'}: quantization_config is {quantization!r}; it must be an object")
-    return Checkpoint(directory=directory, config=config, quantization=quantization, tensors=_stored_tensors(directory))
+    tensors = _stored_tensors(_weights(directory, quantization or {}))
+    return Checkpoint(directory=directory, config=config, quantization=quantization, tensors=tensors)
 
 
 def locate(path: str | Path) -> Path:
@@ -77,24 +87,42 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    if (directory / WEIGHTS).is_file():
-        return _tensors_of(directory / WEIGHTS)
-    if not (directory / INDEX).is_file():
-        others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
-        found = f" (found {', '.join(others)}, but only safetensors is read)" if others else ""
-        raise FileNotFoundError(f"{directory} has neither {WEIGHTS} nor {INDEX}{found}")
-    weight_map = read_json(directory / INDEX).get("weight_map")
+def _weights(directory: Path, quantization: Mapping[str, Any]) -> Path:
+    """The file of weights, or the index that names several.
+
+    AutoGPTQ gave its files names of their own: the one that quantize_config.json has as model_file_base_name, or else
+    the only safetensors file there is.
+    """
+    for name in (WEIGHTS, INDEX):
+        if (directory / name).is_file():
+            return directory / name
+    files = [file for file in sorted(directory.glob("*.safetensors")) if not SHARD.search(file.name)]
+    files = sorted(directory.glob("*.safetensors.index.json")) or files
+    base = quantization.get("model_file_base_name")
+    named = [file for file in files if file.name.removesuffix(".index.json") == f"{base}.safetensors"]
+    if len(named or files) == 1:
+        return (named or files)[0]
+    others = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(directory.glob(pattern))]
+    found = f" (found {', '.join(others)}, but only safetensors is read)" if others else ""
+    if files:
+        found = f" (found {', '.join(file.name for file in files)}; rename the right one)"
+    raise FileNotFoundError(f"{directory} has neither {WEIGHTS} nor {INDEX}{found}")
+
+
+def _stored_tensors(file: Path) -> dict[str, StoredTensor]:
+    if file.suffix == ".safetensors":
+        return _tensors_of(file)
+    weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f"{directory / INDEX} has no weight_map from tensor names to file names")
+        raise ValueError(f"{file} has no weight_map from tensor names to file names")
     headers = {}
     for shard in sorted(set(weight_map.values())):
         name = PurePosixPath(shard)
         if name.is_absolute() or ".." in name.parts or "\\" in shard or name.suffix != ".safetensors":
-            raise ValueError(f"{directory / INDEX} names {shard!r}; a shard must be a .safetensors file beside it")
-        if not (directory / shard).is_file():
-            raise FileNotFoundError(f"{directory / INDEX} names {shard}, which is missing; fetch it again")
-        headers[shard] = _tensors_of(directory / shard)
+            raise ValueError(f"{file} names {shard!r}; a shard must be a .safetensors file beside it")
+        if not (file.parent / shard).is_file():
+            raise FileNotFoundError(f"{file} names {shard}, which is missing; fetch it again")
+        headers[shard] = _tensors_of(file.parent / shard)
     return {name: headers[shard][name] for name, shard in weight_map.items() if name in headers[shard]}
 
 

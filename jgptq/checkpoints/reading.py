@@ -248,12 +248,27 @@ def _warn_of_unused(checkpoint: huggingface.Checkpoint, model: LanguageModel, pl
     used = {name for plan in plans for name in plan.tensors}
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in model.architecture.unused) or r"(?!)")
     unused = [name for name in sorted(checkpoint.tensors) if name not in used and not ignored.fullmatch(name)]
+    unused = _without_zero_biases(checkpoint, model, plans, unused)
     if unused:
         warnings.warn(
             f"{checkpoint.directory}: {len(unused)} tensors are not used by a {model.architecture.model_type}: "
             f"{', '.join(unused[:8])}{', …' if len(unused) > 8 else ''}",
-            stacklevel=3,
+            stacklevel=4,
         )
+
+
+def _without_zero_biases(
+    checkpoint: huggingface.Checkpoint, model: LanguageModel, plans: Sequence[_Plan], names: Sequence[str]
+) -> list[str]:
+    """`names` without the biases of packed modules that have none; ValueError unless they are zero, as AutoGPTQ's."""
+    packed = {f"{module}.bias" for plan in plans if plan.packed for module in plan.modules}
+    for name in (name for name in names if name in packed):
+        if np.any(checkpoint.tensors[name][...]):
+            raise ValueError(
+                f"{checkpoint.directory} does not fit its config.json: {name} is not zero, and a "
+                f"{model.architecture.model_type} with this config.json has no bias there"
+            )
+    return [name for name in names if name not in packed]
 
 
 def _read(

@@ -178,6 +178,75 @@ def test_old_directories_keep_the_quantization_config_beside(tmp_path):
     assert_identical(checkpoints.load(tmp_path / "out")[1], params)
 
 
+# A directory as AutoGPTQ wrote it, and as most GPTQ models on the hub are: its own file name, zeros for biases that the
+# layers do not have, a quantize_config.json that says nothing of the version.
+AUTOGPTQ_CONFIG = {
+    "bits": 4,
+    "group_size": 16,
+    "damp_percent": 0.01,
+    "desc_act": True,
+    "static_groups": False,
+    "sym": True,
+    "true_sequential": True,
+    "model_name_or_path": None,
+    "model_file_base_name": "gptq_model-4bit-16g",
+}
+
+
+@pytest.fixture
+def autogptq(tmp_path):
+    """The directory and the parameters in it."""
+    model, directory = language_model(), tmp_path / "autogptq"
+    params = packed_params(
+        model, lambda path: None if path[-2] == "lm_head" else grid.Grid(group_size=16, symmetric=True), jnp.float16
+    )
+    checkpoints.save(directory, model, params)
+    edit_config(directory, quantization_config=None, architectures=["LlamaForCausalLM"], torch_dtype="float16")
+    (directory / "quantize_config.json").write_text(json.dumps(AUTOGPTQ_CONFIG))
+
+    def add_biases(tensors):
+        for name in [name for name in tensors if name.endswith(".qweight")]:
+            tensors[name.replace("qweight", "bias")] = np.zeros(tensors[name].shape[1], np.float16)
+
+    edit_tensors(directory, add_biases)
+    (directory / "model.safetensors").rename(directory / "gptq_model-4bit-16g.safetensors")
+    return directory, params
+
+
+def test_autogptq_directory_is_read_packed(autogptq, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("a dequantized copy was made")
+
+    directory, params = autogptq
+    for module, name in ((tensor, "stored_matrix"), (tensor, "unpack_columns"), (tensor.QuantizedTensor, "dequantize")):
+        monkeypatch.setattr(module, name, refuse)
+    read = checkpoints.load(directory)[1]
+    assert_identical(read, params)
+    assert read["model"]["layers"][0]["mlp"]["up_proj"]["kernel"].permutation is not None
+
+
+def test_autogptq_bias_that_is_not_zero_is_refused(autogptq):
+    directory, _ = autogptq
+    weights = directory / "gptq_model-4bit-16g.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.bias"][3] = 0.5
+    save_file(tensors, weights)
+    message = refused(directory)
+    assert "model.layers.1.mlp.up_proj.bias is not zero, and a llama with this config.json has no bias there" in message
+
+
+def test_weights_with_another_name_are_found_by_it_or_if_there_is_but_one(autogptq):
+    directory, params = autogptq
+    weights = directory / "gptq_model-4bit-16g.safetensors"
+    shutil.copyfile(weights, directory / "another.safetensors")
+    assert_identical(checkpoints.load(directory)[1], params)
+    (directory / "quantize_config.json").write_text(json.dumps(AUTOGPTQ_CONFIG | {"model_file_base_name": None}))
+    message = refused(directory, FileNotFoundError)
+    assert "(found another.safetensors, gptq_model-4bit-16g.safetensors; rename the right one)" in message
+    weights.unlink()
+    assert_identical(checkpoints.load(directory)[1], params)
+
+
 # Bad input: one line, nothing half-written.
 
 
@@ -367,7 +436,7 @@ def test_parameters_of_another_model_are_listed(tmp_path):
         "model.norm.scale is missing",
         "model.norm.bias is no parameter of this model",
         "lm_head.kernel has shape [32, 47], not [32, 48]",
-        "model.embed_tokens.embedding is packed, which only (in, out) kernels can be in a file; dequantize it",
+        "model.embed_tokens.embedding is packed, which only (in, out) kernels can be in this format; dequantize it",
     ):
         assert part in str(error.value)
     assert not list(tmp_path.iterdir())

@@ -30,7 +30,7 @@ DECODER = {
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "num_key_value_heads": 1,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "bos_token_id": 0,
     "eos_token_id": 1,
