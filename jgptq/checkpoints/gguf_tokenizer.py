@@ -28,7 +28,13 @@ SPLITS = {
     "llama-bpe": CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + WORDS_AND_MARKS,
     "qwen2": CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + WORDS_AND_MARKS,
 }
-SAME_SPLIT = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "smaug-bpe": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+SAME_SPLIT = {
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "smaug-bpe": "llama-bpe",
+    "dbrx": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2",
+}
 GPT2_SPLIT = ("gpt-2", "default")  # the rule that ByteLevel has of its own
 
 
@@ -219,6 +225,9 @@ def _build_byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> Tokeniz
 
 def _build_sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
     scores = _numbers(metadata, "scores", len(tokens))
+    if str(metadata.get("general.architecture")).startswith("gemma"):
+        # Its merges are in the order of the tokens, not of their scores, and its runs of spaces are respelled.
+        tokens, scores = [SPACE * len(token) if set(token) == {" "} else token for token in tokens], None
     vocabulary = _vocabulary(tokens)
     model = models.BPE(
         vocab=vocabulary,
