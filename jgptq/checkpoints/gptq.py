@@ -34,6 +34,7 @@ from jgptq.checkpoints.layout import (
 
 VERSIONS = ("gptq", "gptq_v2")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 CODES_AT_ONCE = 1 << 24  # codes of a weight that are unpacked at once to be put in another order
 
 
@@ -165,13 +166,14 @@ def describe(weights: Mapping[str, tensor.QuantizedTensor], left: Sequence[str],
         "group_size": _common_group_size(every),
         "sym": _commonest(weight.symmetric for weight in every),
     }
-    dynamic = {}
+    overrides = {}
     for module, weight in weights.items():
         group_size = -1 if weight.group_size == weight.in_features else weight.group_size
         own = {"bits": weight.bits, "group_size": group_size, "sym": weight.symmetric}
         fits = WeightSettings.from_config(base).group_length(weight.in_features) == weight.group_size
         if not fits or (own["bits"], own["sym"]) != (base["bits"], base["sym"]):
-            dynamic[f"+:^{re.escape(module)}$"] = own
+            overrides[module] = own
+    dynamic = {f"+:^{re.escape(module)}$": own for module, own in (overrides | _fused(overrides)).items()}
     dynamic |= {f"-:^{re.escape(module)}$": {} for module in left if module != "lm_head"}
     version = "gptq" if all(weight.symmetric for weight in every) else "gptq_v2"
     meta = {"quantizer": [f"jgptq:{importlib.metadata.version('jgptq')}"]}
@@ -244,16 +246,24 @@ def _zeros(settings: Settings, module: str, words: np.ndarray, out_features: int
     return unpack_rows(words + ones, own.bits, out_features)
 
 
+def _fused(overrides: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same overrides for modules that vLLM and SGLang run as one, and look up by a name of their own."""
+    found = {}
+    for module, own in overrides.items():
+        block, _, name = module.rpartition(".")
+        for fused, parts in FUSED.items():
+            if name == parts[0] and all(overrides.get(f"{block}.{part}") == own for part in parts):
+                found[f"{block}.{fused}"] = own
+    return found
+
+
 def _modules_in_block(weights: Mapping[str, Any], left: Sequence[str]) -> dict[str, list[list[str]]]:
     """What transformers goes by in place of "dynamic": the packed modules of a block, where a block has others too.
 
-    By the ends of their names below the block's number; by their whole names where blocks differ.
+    By the ends of their names below the block's number; by their whole names where blocks differ, or outside of them.
     """
-    packed, floats = (
-        {name: inside[1] for name in names if (inside := re.fullmatch(r".*?\.\d+\.(.+)", name))}
-        for names in (weights, left)
-    )
-    if not packed or not floats:
+    packed, floats = ({name: re.sub(r"^.*?\.\d+\.", "", name) for name in names} for names in (weights, left))
+    if all(name == end for name, end in floats.items()):
         return {}
     differ = set(packed.values()) & set(floats.values())
     return {"modules_in_block_to_quantize": [list(packed if differ else dict.fromkeys(packed.values()))]}

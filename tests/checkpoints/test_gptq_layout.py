@@ -180,6 +180,16 @@ def test_config_names_the_weights_that_differ():
         assert own.group_length(one.in_features) == one.group_size
 
 
+def test_config_has_overrides_by_the_names_of_fused_modules_where_all_parts_agree():
+    one = weight(in_features=32, out_features=8, bits=4, symmetric=True)
+    other = weight(in_features=32, out_features=8, bits=8, symmetric=True)
+    weights = {"0.q_proj": other, "0.k_proj": other, "0.v_proj": other, "0.gate_proj": other, "0.up_proj": one}
+    weights |= {f"1.{name}": one for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")}
+    dynamic = gptq.describe(weights, [], jnp.dtype("float32"))["dynamic"]
+    names = [f"0\\.{name}" for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "qkv_proj")]
+    assert dynamic == {f"+:^{name}$": {"bits": 8, "group_size": -1, "sym": True} for name in names}
+
+
 def test_config_says_which_modules_of_a_block_are_packed():
     one = weight(in_features=32, out_features=8, bits=4, symmetric=True)
     packed = {f"model.layers.{k}.{name}": one for k in (0, 1) for name in ("attn.q_proj", "mlp.up_proj")}
@@ -190,7 +200,7 @@ def test_config_says_which_modules_of_a_block_are_packed():
 
     assert blocks(packed, left) == [["attn.q_proj", "mlp.up_proj"]]
     assert blocks(packed, ["lm_head"]) is None
-    assert blocks({"lm_head": one}, left) is None
+    assert blocks({"lm_head": one}, left) == [["lm_head"]]
     del packed["model.layers.0.attn.q_proj"]
     assert blocks(packed, ["model.layers.0.attn.q_proj"]) == [list(packed)]
 
