@@ -149,9 +149,9 @@ def test_eval_strides_and_follows_the_papers_protocol(home, packed, capsys):
 
 
 @pytest.fixture(scope="module")
-def chat(home):
-    """The float model with a chat template, and generation_config.json, beside conversations of its words."""
-    shutil.copytree(home / "float", home / "chat")
+def chat(home, packed):
+    """The packed model with a chat template, and generation_config.json, beside conversations of its words."""
+    shutil.copytree(packed, home / "chat")
     template = "{% for m in messages %}The {{ m.role }}: {{ m.content }}\n{% endfor %}"
     (home / "chat" / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}The cat: {% endif %}")
     messages = [{"role": "cat", "content": "a mat"}, {"role": "ball", "content": "Once upon a time"}]
@@ -221,7 +221,7 @@ def test_generate_prints_text_as_it_comes(packed, monkeypatch):
     assert cli.main(["generate", str(packed), "--prompt", "-", "--max-new-tokens", "12"]) == 0
     model, params = jgptq.load(packed)
     tokenizer = Tokenizer.from_file(str(packed / "tokenizer.json"))
-    ids = jgptq.generate(model, params, tokenizer.encode("The cat sat").ids, max_new_tokens=12).tolist()
+    ids = jgptq.generate(model, params, tokenizer.encode("The cat sat").ids, max_new_tokens=12, on_token=len).tolist()
     assert output.getvalue() == tokenizer.decode(ids) + "\n"
     assert output.flushed[1].startswith("The cat sat")
     assert len(set(output.flushed)) > 6
@@ -233,7 +233,7 @@ def test_generate_answers_in_a_chat_until_the_models_own_end(chat, capsys):
     model, params = jgptq.load(chat)
     tokenizer = Tokenizer.from_file(str(chat / "tokenizer.json"))
     prompt = tokenizer.encode("The user: a mat\nThe cat: ").ids
-    ids = jgptq.generate(model, params, prompt, max_new_tokens=10).tolist()
+    ids = jgptq.generate(model, params, prompt, max_new_tokens=10, on_token=len).tolist()
     begun = len(tokenizer.decode(prompt))
     assert capsys.readouterr().out == tokenizer.decode(ids)[begun:] + "\n"
     (chat / "generation_config.json").write_text(json.dumps({"eos_token_id": [63, ids[len(prompt)]]}))
