@@ -57,11 +57,14 @@ def load(directory: Path, *, dtype: Any | None, placing: Placing) -> tuple[Langu
     """
     import orbax.checkpoint
 
-    model = language_model(read_json(directory / "config.json"), directory)
     static = _read_static(directory / STATIC)
-    paths = {_dotted(path): shape for path, shape in _leaves(model.parameter_shapes).items()}
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         stored = _stored(directory, checkpointer)
+        try:
+            model = language_model(read_json(directory / "config.json"), directory, tensors=len(stored))
+        except ValueError as error:
+            raise ValueError(f"{directory / 'config.json'}: {error}") from error
+        paths = {_dotted(path): shape for path, shape in _leaves(model.parameter_shapes).items()}
         wanted = {path: _wanted(path, shape, static.get(path), stored.get(path)) for path, shape in paths.items()}
         _check(directory, wanted, stored)
         placed = {path: _placed(path, spec, placing) for path, spec in wanted.items()}

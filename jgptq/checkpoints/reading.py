@@ -68,7 +68,7 @@ def load(
 def _load_directory(checkpoint: huggingface.Checkpoint, dtype: Any | None) -> tuple[LanguageModel, dict]:
     """A Hugging Face directory's model, and its parameters with the float ones lazy."""
     try:
-        model = language_model(checkpoint.config, checkpoint.directory)
+        model = language_model(checkpoint.config, checkpoint.directory, tensors=len(checkpoint.tensors))
     except ValueError as error:
         raise ValueError(f"{checkpoint.directory / 'config.json'}: {error}") from error
     packing, settings = _packing(checkpoint)

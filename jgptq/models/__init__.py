@@ -47,10 +47,21 @@ MODELS: dict[str, Architecture] = {file.ARCHITECTURE.model_type: file.ARCHITECTU
 __all__ = ["MODELS", "Architecture", "LanguageModel", "language_model"]
 
 
-def language_model(config: Mapping[str, Any], source: Path | None = None) -> LanguageModel:
-    """The model that a config.json, as a dict, describes, from `source`; ValueError if it is not known."""
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+def language_model(
+    config: Mapping[str, Any], source: Path | None = None, *, tensors: int | None = None
+) -> LanguageModel:
+    """The model that a config.json, as a dict, describes, from `source`; ValueError if it is not known.
+
+    tensors: how many the checkpoint has. A config of more layers is refused before anything is made of its size.
+    """
     model_type = config.get("model_type")
-    if model_type not in MODELS:
+    if not isinstance(model_type, str) or model_type not in MODELS:
         raise ValueError(f"model_type={model_type!r} is not supported; known are {list(MODELS)}")
+    for name in LAYER_COUNTS:
+        if tensors is not None and type(config.get(name)) is int and config[name] > tensors:
+            raise ValueError(f"{name}={config[name]}, but the checkpoint has {tensors} tensors; it is not this model's")
     architecture = MODELS[model_type]
     return LanguageModel(architecture=architecture, config=architecture.parse_config(config), source=source)

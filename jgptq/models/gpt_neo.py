@@ -51,7 +51,9 @@ class GPTNeoConfig(Config):
         """attention_types, (kinds, how often) pairs, spell attention_layers out."""
         types = config.get("attention_types") or [[list(KINDS), 12]]
         try:
-            spelled = [kind for kinds, count in types for _ in range(count) for kind in kinds]
+            layers = config.get("num_layers")
+            fits = type(layers) is int and sum(len(kinds) * count for kinds, count in types) <= layers
+            spelled = [kind for kinds, count in types for _ in range(count) for kind in kinds] if fits else []
         except (TypeError, ValueError) as error:
             raise ValueError(f"attention_types={types!r}; give pairs such as [['global', 'local'], 12]") from error
         return super().from_dict({**config, "attention_layers": spelled})

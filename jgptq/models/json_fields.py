@@ -20,7 +20,10 @@ def _read(field: dataclasses.Field, value: Any) -> Any:
     kinds = [typing.get_origin(kind) or kind for kind in union or (field.type,)]
     if type(value) is int and float in kinds and int not in kinds:
         return float(value)
-    if isinstance(value, list) and tuple in kinds:
+    if isinstance(value, list | tuple) and tuple in kinds:
+        (element, *_) = next(typing.get_args(kind) for kind in union if typing.get_origin(kind) is tuple)
+        if not all(type(part) is element for part in value):
+            raise ValueError(f"{field.name}={value!r}; give a list of {element.__name__}")
         return tuple(value)
     if type(value) not in kinds:
         allowed = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))

@@ -104,10 +104,15 @@ class LanguageModel:
         """The parameter tree with a jax.ShapeDtypeStruct for every leaf; nothing is allocated."""
         return jax.tree.map(lambda leaf: leaf, self._graph_and_shapes[1])
 
-    @functools.cached_property
+    @property
     def _graph_and_shapes(self) -> tuple[nnx.GraphDef, dict]:
-        module = nnx.eval_shape(lambda: self.architecture.build(self.config, nnx.Rngs(params=0)))
-        return nnx.graphdef(module), _parameters(module)
+        return _graph_and_shapes(self.architecture, self.config)
+
+
+@functools.lru_cache(maxsize=16)
+def _graph_and_shapes(architecture: Architecture, config: Any) -> tuple[nnx.GraphDef, dict]:
+    module = nnx.eval_shape(lambda: architecture.build(config, nnx.Rngs(params=0)))
+    return nnx.graphdef(module), _parameters(module)
 
 
 def _parameters(module: nnx.Module) -> dict:

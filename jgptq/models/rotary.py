@@ -68,7 +68,9 @@ class Rope:
         if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
             raise ValueError(f"rope parameters are {given!r}; give one flat object with a rope_type for all layers")
         rope_type = given.get("rope_type") or given.get("type") or "default"
-        needed = NEEDED.get(rope_type, ())
+        if not isinstance(rope_type, str) or rope_type not in NEEDED:
+            raise ValueError(f"rope: rope_type={rope_type!r} is not supported; known are {tuple(NEEDED)}")
+        needed = NEEDED[rope_type]
         if missing := [name for name in needed if given.get(name) is None]:
             raise ValueError(f"rope_type {rope_type!r} needs {list(needed)} in config.json; {missing} is missing")
         read = {field: given.get(NAMES.get(field, field)) for field in (*needed, *OPTIONAL.get(rope_type, ()))}
