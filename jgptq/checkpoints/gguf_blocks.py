@@ -20,6 +20,7 @@ from jgptq import tensor
 from jgptq.tensor import Layout, QuantizedTensor
 
 LENGTH = 32
+BLOCK = 1 << 20  # codes that are translated at once
 KINDS = ("Q4_0", "Q4_1", "Q8_0")
 HALF = np.dtype("<f2")
 # One program for each shape.
@@ -112,13 +113,14 @@ def decode(raw: np.ndarray, kind: str, order: np.ndarray | None, dtype: Any) -> 
     """(stack…, out, bytes of a row) uint8 of a type in KINDS as a QuantizedTensor, row i being output order[i].
 
     Equal neighbours are joined to the largest groups that are of one size throughout, the last perhaps short. A Q4_1
-    has integer zeros where they reproduce every minimum, and so comes back as it was saved; else float32 ones.
+    has integer zeros where they reproduce every minimum, and so comes back as it was saved; else float32 ones. Codes of
+    2 and 3 bits come back as 4 bits, with the same values.
     """
-    inverse = slice(None) if order is None else np.argsort(order)
-    blocks = raw.reshape(*raw.shape[:-1], -1, {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind])[..., inverse, :, :]
+    blocks = raw.reshape(*raw.shape[:-1], -1, {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind])
     count = 4 if kind == "Q4_1" else 2
-    head = np.ascontiguousarray(blocks[..., :count]).view(HALF)
-    words = _words(np.ascontiguousarray(blocks[..., count:]), kind)
+    order = np.arange(blocks.shape[-3]) if order is None else order
+    head = np.ascontiguousarray(blocks[..., :count][..., np.argsort(order), :, :]).view(HALF)
+    words = _words(blocks[..., count:], kind, order)
     length = _group_length(head.view(np.uint16))
     groups = np.swapaxes(head[..., ::length, :], -3, -2)  # (stack…, groups, out, d and m)
     scales, zeros = groups[..., 0], None
@@ -137,15 +139,24 @@ def decode(raw: np.ndarray, kind: str, order: np.ndarray | None, dtype: Any) -> 
     )
 
 
-def _words(body: np.ndarray, kind: str) -> np.ndarray:
-    """The codes of (stack…, out, blocks, bytes) as (stack…, words, out) uint32, in jgptq.packing's order."""
-    if kind == "Q8_0":
-        stream = body ^ np.uint8(0x80)
-    else:
-        codes = np.concatenate([body & np.uint8(15), body >> 4], axis=-1)
-        stream = codes[..., ::2] | codes[..., 1::2] << 4
-    words = stream.view("<u4").reshape(*body.shape[:-2], -1)
-    return np.ascontiguousarray(np.swapaxes(words, -1, -2)).astype(np.uint32, copy=False)
+def _words(body: np.ndarray, kind: str, order: np.ndarray) -> np.ndarray:
+    """The codes of (stack…, out, blocks, bytes) as (stack…, words, out) uint32, in jgptq.packing's order.
+
+    A run of rows at a time: what is made on the way is small whatever the tensor.
+    """
+    *stack, rows, blocks, _ = body.shape
+    words = np.empty((*stack, blocks * (8 if kind == "Q8_0" else 4), rows), np.uint32)
+    step = max(1, BLOCK // (blocks * LENGTH))
+    for index in np.ndindex(*stack):
+        for start in range(0, rows, step):
+            part = body[index][start : start + step]
+            if kind == "Q8_0":
+                stream = part ^ np.uint8(0x80)
+            else:
+                codes = np.concatenate([part & np.uint8(15), part >> 4], axis=-1)
+                stream = codes[..., ::2] | codes[..., 1::2] << 4
+            words[index][:, order[start : start + step]] = stream.view("<u4").reshape(len(part), -1).T
+    return words
 
 
 def _group_length(head: np.ndarray) -> int:

@@ -292,9 +292,9 @@ def describe(model: LanguageModel, names: Collection[str]) -> tuple[dict[str, An
     # Not general.name: transformers cannot load a file that calls itself "mistral" there.
     metadata: dict[str, Any] = {"general.architecture": dialect.name, "general.basename": dialect.model_type}
     metadata |= {f"{dialect.name}.{key}": value for key, value in own.items()}
-    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
-    tokens = {"bos": config.bos_token_id, **dict(zip(END_TOKENS, ends, strict=False))}
-    metadata |= {f"tokenizer.ggml.{name}_token_id": token for name, token in tokens.items() if token is not None}
+    tokens = [*zip(("bos",), _ids(config.bos_token_id), strict=False)]
+    tokens += zip(END_TOKENS, _ids(config.eos_token_id), strict=False)
+    metadata |= {f"tokenizer.ggml.{name}_token_id": token for name, token in tokens}
     _check_said(config, Said(metadata=metadata, tensors=[*names, *tensors], factors=tensors))
     return metadata, tensors
 
@@ -309,6 +309,12 @@ def _check_said(config: Any, said: Said) -> None:
         )
 
 
+def _ids(tokens: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Tokens of a config, where -1 stands for none."""
+    given = tokens if isinstance(tokens, tuple) else () if tokens is None else (tokens,)
+    return tuple(dict.fromkeys(token for token in given if token >= 0))
+
+
 def _canonical(config: Any) -> dict[str, Any]:
     """A config's fields but for those that change nothing, equal wherever two spellings mean the same."""
     fields: dict[str, Any] = {}
@@ -321,6 +327,8 @@ def _canonical(config: Any) -> dict[str, Any]:
     for name in ACTIVATION_FIELDS:
         if name in fields:
             fields[name] = SAME_ACTIVATION.get(fields[name], fields[name])
+    for name in ("bos_token_id", "eos_token_id"):
+        fields[name] = _ids(fields[name])
     if config.model_type == "gpt2":
         fields["n_inner"] = config.n_inner or 4 * config.n_embd
     if config.model_type == "falcon":

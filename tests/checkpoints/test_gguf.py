@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from pathlib import Path
 
 import gguf
 import jax
@@ -11,13 +12,16 @@ import pytest
 import torch
 import transformers
 from gguf_cases import CASES, DECODER, GRID, assert_identical, model_of, packed, params_of
+from tokenizers import Tokenizer
 
 from jgptq import grid, tensor
 from jgptq.checkpoints import gguf as gguf_format
-from jgptq.checkpoints import gguf_config, gguf_file
+from jgptq.checkpoints import gguf_config, gguf_file, read_tokenizer
+from jgptq.checkpoints import load as load_directory
 from jgptq.models import MODELS, language_model
 from jgptq.tensor import QuantizedTensor
 
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 pytestmark = pytest.mark.filterwarnings("ignore:the GGUF file has no tokenizer")
 AFFINE = grid.Grid(bits=4, group_size=32)
 # What transformers 5.23 loads, and whether it builds the config from the metadata alone (it reads fewer keys).
@@ -312,6 +316,20 @@ def test_model_types_without_an_architecture_are_refused_by_name(tmp_path):
         save(tmp_path / "model.gguf", model, params_of(model, None))
 
 
+@pytest.mark.parametrize(
+    ("given", "said"), [(-1, None), ((7,), 7), ((7, 7), 7), ((7, 5), (7, 5)), ((7, 5, 3), (7, 5, 3))]
+)
+def test_tokens_at_which_texts_end(given, said, tmp_path):
+    model = language_model(CASES["gpt2 tied"] | {"eos_token_id": given})
+    assert load(save(tmp_path / "model.gguf", model, params_of(model, None)), lazy=True)[0].config.eos_token_id == said
+
+
+def test_more_ends_than_gguf_has_words_for_are_refused(tmp_path):
+    model = language_model(CASES["gpt2 tied"] | {"eos_token_id": (2, 3, 4, 5)})
+    with pytest.raises(ValueError, match=r"eos_token_id=\(2, 3, 4, 5\)"):
+        save(tmp_path / "model.gguf", model, params_of(model, None))
+
+
 def test_other_spellings_of_one_function_are_said(tmp_path):
     model = language_model(CASES["gpt2"] | {"activation_function": "gelu_pytorch_tanh", "n_inner": 256})
     again, _ = load(save(tmp_path / "model.gguf", model, params_of(model, None)))
@@ -330,6 +348,25 @@ def test_frequency_factors_of_no_known_rule_are_kept(tmp_path):
     rope = load(tmp_path / "other.gguf", lazy=True)[0].config.rope
     assert rope.short_factor == rope.long_factor == (1, 1.5, 1, 2, 1, 3, 1, 4)
     assert (rope.rope_type, rope.attention_factor) == ("longrope", 1.0)
+
+
+@pytest.mark.parametrize("name", ["tinystories-656k-as-qwen2", "stories260K", "anton-charstories-gpt2"])
+def test_real_models(name, tmp_path):
+    directory = DATA / name
+    if not directory.is_dir():
+        pytest.skip(f"{directory} is not there")
+    model, params = load_directory(directory)
+    if "gpt2" in name:
+        with pytest.raises(ValueError, match="GGUF cannot say activation_function='relu' of a gpt2"):
+            save(tmp_path / "model.gguf", model, params)
+        return
+    # stories260K has 172 features in its MLPs, which no block of 32 divides.
+    params = params_of(model, GRID, leave=("down_proj",))
+    again, read = load(save(tmp_path / "model.gguf", model, params))
+    assert again == model
+    assert_identical(read, params)
+    kept = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    assert read_tokenizer(again.source).to_str() == kept.to_str()
 
 
 @pytest.fixture(scope="module")

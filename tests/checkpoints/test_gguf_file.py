@@ -1,6 +1,8 @@
 """The container: read back by the gguf package, and damaged in every part."""
 
+import ast
 import struct
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -84,6 +86,12 @@ def test_runs_of_rows_read_only_themselves(written):
 def test_a_tensor_that_never_came_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="not those that were announced"):
         write_file(tmp_path / "x", {}, SPECS, [("wide", TENSORS["wide"])])
+
+
+@pytest.mark.parametrize("name", ["gguf", "gguf_file", "gguf_blocks", "gguf_config", "gguf_tokenizer"])
+def test_the_gguf_package_is_imported_when_it_is_needed(name):
+    tree = ast.parse((Path(gguf_file.__file__).parent / f"{name}.py").read_text())
+    assert all("gguf" not in [alias.name for alias in node.names] for node in tree.body if isinstance(node, ast.Import))
 
 
 def text(value):
