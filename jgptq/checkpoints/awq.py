@@ -8,6 +8,7 @@ A linear module P has, in place of P.weight, three tensors (I inputs, O outputs,
 
 import dataclasses
 import importlib.metadata
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -132,6 +133,7 @@ def describe(weights: Mapping[str, tensor.QuantizedTensor], left: Sequence[str],
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": with_head(left, weights),
+        **({"dynamic": {f"-:^{re.escape(module)}$": {} for module in left}} if left else {}),  # the same to GPTQModel
         "meta": meta | ({"dtypes": dtypes} if dtypes else {}),
     }
 
