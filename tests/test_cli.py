@@ -108,6 +108,22 @@ def test_inspect_shows_every_weight_with_bits_bytes_and_error(packed, capsys):
     assert float(cells[6]) > 0
 
 
+def test_convert_and_back_gives_the_same_file(home, packed, capsys):
+    assert cli.main(["convert", str(packed), str(home / "other"), "--format", "orbax"]) == 0
+    assert "other: orbax, " in capsys.readouterr().out
+    assert cli.main(["convert", str(home / "other"), str(home / "again"), "--format", "gptq"]) == 0
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (home / "again" / file).read_bytes() == (packed / file).read_bytes()
+
+
+def test_quantize_writes_the_format_asked_for(home):
+    arguments = quantize_arguments(home, home / "compressed", "--format", "compressed-tensors", "--method", "rtn")
+    assert cli.main([*arguments, "--symmetric", "--group-size", "-1"]) == 0
+    config = json.loads((home / "compressed" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert isinstance(jgptq.load(home / "compressed")[1]["model"]["layers"][0]["mlp"]["up_proj"]["kernel"].bits, int)
+
+
 def test_eval_agrees_with_the_library(home, packed, capsys):
     arguments = ["eval", str(packed), "--text", str(home / "text.txt"), "--seq-len", "32", "--json"]
     assert cli.main([*arguments, "--against", str(home / "float"), "--tokens", "500"]) == 0
@@ -337,6 +353,18 @@ BAD = {
         ],
         "--tokens 63 is less than one window; give at least 64",
     ),
+    "bits that the format does not have": (
+        lambda home: quantize_arguments(home, home / "o", "--bits", "3", "--format", "awq"),
+        "--format awq holds weights of (4,) bits, not of [3]; choose another",
+    ),
+    "weights that the format cannot hold": (
+        lambda home: ["convert", str(home / "packed"), str(home / "o"), "--format", "awq"],
+        "'awq' checkpoints cannot hold these weights as they are: ",
+    ),
+    "a conversion over what is there": (
+        lambda home: ["convert", str(home / "packed"), str(home / "float"), "--format", "orbax"],
+        "float exists; choose a new name, or remove it first",
+    ),
     "a prompt beyond the context": (
         lambda home: ["generate", str(home / "float"), "--prompt", "a" * 60],
         "exceed the model's context of 64",
@@ -374,7 +402,7 @@ def test_a_corrupt_report_is_named(packed, capsys):
     report.write_text(text)
 
 
-@pytest.mark.parametrize("command", ["demo", "quantize", "eval", "generate", "inspect"])
+@pytest.mark.parametrize("command", ["demo", "quantize", "eval", "generate", "convert", "inspect"])
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
