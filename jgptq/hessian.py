@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 HIGHEST = lax.Precision.HIGHEST
 
@@ -72,78 +72,112 @@ def merge_hessians(a: Hessian, b: Hessian) -> Hessian:
 
 
 class Factor(NamedTuple):
-    """H + damp·mean(diag H)·I = upper · diag(pivots) · upperᵀ with `upper` unit upper triangular.
+    """H + diag(added) = U · diag(pivots) · Uᵀ with U unit upper triangular; `columns` gives U.
 
+    backwards: U·diag(pivots)^½ with rows and columns in reverse order: a lower triangle, as it comes from Cholesky.
     added: what damping and dead inputs added to the diagonal of H. damp: the damping used, at least the one asked
     for. failed: no damping made the matrix positive definite.
     """
 
-    upper: Float[Array, "in in"]
+    backwards: Float[Array, "in in"]
     pivots: Float[Array, " in"]
     added: Float[Array, " in"]
     damp: Float[Array, ""]
     failed: Bool[Array, ""]
+
+    def columns(self, start: Int[Array, ""] | int, size: int) -> Float[Array, "in size"]:
+        """Columns start .. start + size of U. Turned round here, some at a time: all at once takes memory for two."""
+        block = lax.dynamic_slice_in_dim(self.backwards, self.pivots.shape[0] - start - size, size, axis=1)
+        roots = lax.dynamic_slice_in_dim(jnp.sqrt(self.pivots), start, size)
+        return block[::-1, ::-1] / roots[None, :]
 
 
 # The largest damping tried: past this multiple of the mean diagonal the factor is of the damping, not of the data.
 MAX_DAMP = 10.0
 
 
-def factor(h: Float[Array, "in in"], damp: Float[Array, ""] | float) -> Factor:
-    """Factors a damped Hessian once, with no inverse; damping grows tenfold until the factor is sound.
+def factor(hessian: Hessian, damp: Float[Array, ""] | float, order: Int[Array, " slots"] | None = None) -> Factor:
+    """Factors a damped mean Hessian once, with no inverse; damping grows tenfold until the factor is sound.
 
+    order: the input in each row of the factor, or `in_features` where there is none; None: as they come.
     Dead inputs (zero diagonal) are decoupled from the rest: their diagonal becomes the mean of the live ones.
     A factor is unsound when it is not finite or when a pivot falls below half the damping added: every pivot is at
     least the smallest eigenvalue, so exact arithmetic would keep it above.
     """
-    diagonal = jnp.diagonal(h)
+    order = jnp.arange(hessian.in_features) if order is None else order
+    tokens = jnp.maximum(hessian.tokens, 1).astype(jnp.float32)
+    diagonal = _taken(jnp.diagonal(hessian.total), order, 0) / tokens
     live = diagonal > 0
     scale = jnp.sum(jnp.where(live, diagonal, 0.0)) / jnp.maximum(jnp.sum(live), 1)
     scale = jnp.where(scale > 0, scale, 1.0)
     revived = jnp.where(live, 0.0, scale)
-    inputs = jnp.arange(h.shape[0])
-    on_diagonal = inputs[:, None] == inputs[None, :]
 
     def attempt(state):
         damp, *_ = state
-        # The Cholesky factor of the matrix read backwards is the upper-triangular factor of the matrix itself.
-        damped = h + jnp.where(on_diagonal, (revived + damp * scale)[None, :], 0.0)
-        lower = lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
-        upper = lower[::-1, ::-1]
-        root = jnp.diagonal(upper)
-        pivots = root * root
-        sound = jnp.all(jnp.isfinite(upper)) & jnp.all(pivots > 0.5 * damp * scale) & jnp.all(pivots > 0)
-        return jnp.where(sound, damp, jnp.maximum(10.0 * damp, 1e-4)), upper / root[None, :], pivots, sound
+        damped = _backwards(hessian.total, tokens, order, revived + damp * scale)
+        lower = lax.linalg.cholesky(damped, symmetrize_input=False)
+        # What is not finite in a row makes its pivot so.
+        roots = jnp.diagonal(lower)[::-1]
+        pivots = roots * roots
+        sound = jnp.all(jnp.isfinite(pivots)) & jnp.all(pivots > 0.5 * damp * scale) & jnp.all(pivots > 0)
+        return jnp.where(sound, damp, jnp.maximum(10.0 * damp, 1e-4)), lower, pivots, sound
 
     def unsound(state):
         damp, *_, sound = state
         return ~sound & (damp <= MAX_DAMP)
 
-    start = (jnp.asarray(damp, jnp.float32), jnp.zeros_like(h), jnp.zeros_like(diagonal), jnp.zeros((), bool))
-    damp, upper, pivots, sound = lax.while_loop(unsound, attempt, start)
+    slots = order.shape[0]
+    start = (
+        jnp.asarray(damp, jnp.float32),
+        jnp.zeros((slots, slots), jnp.float32),
+        jnp.zeros(slots, jnp.float32),
+        jnp.zeros((), bool),
+    )
+    damp, lower, pivots, sound = lax.while_loop(unsound, attempt, start)
     damp = jnp.where(sound, damp, 0.1 * damp)  # the last one tried
-    return Factor(upper, pivots, revived + damp * scale, damp, ~sound)
+    return Factor(lower, pivots, revived + damp * scale, damp, ~sound)
 
 
-def energy(h: Float[Array, "in in"], d: Float[Array, "in out"]) -> Float[Array, ""]:
-    """tr(dᵀ H d) for symmetric H: the mean squared output of inputs with second moment H through d, over all outputs.
+def _taken(array: Array, indices: Array, axis: int) -> Array:
+    """Zeros where an index is past the end."""
+    return jnp.take(array, indices, axis=axis, mode="fill", fill_value=0)
+
+
+def _backwards(total: Array, tokens: Array, order: Array, added: Array) -> Float[Array, "slots slots"]:
+    """The mean Hessian plus `added` on its diagonal, inputs in reverse order; some rows at a time, to save memory."""
+    slots = order.shape[0]
+    size = next(size for size in range(min(128, slots), 0, -1) if slots % size == 0)
+    order, added = order[::-1], added[::-1]
+
+    def rows(block):
+        here = block * size + jnp.arange(size)
+        taken = _taken(_taken(total, order[here], 0), order, 1) / tokens
+        return taken + jnp.where(here[:, None] == jnp.arange(slots)[None, :], added[None, :], 0.0)
+
+    return lax.map(rows, jnp.arange(slots // size)).reshape(slots, slots)
+
+
+def energy(hessian: Hessian, d: Float[Array, "in out"]) -> Float[Array, ""]:
+    """tr(dᵀ H d) for the mean H: the mean squared output, through d, of the inputs seen, summed over all outputs.
 
     Reads only the lower blocks of H, which halves the products.
     """
-    rows = min(512, h.shape[0])
-    blocks = -(-h.shape[0] // rows)
-    padding = blocks * rows - h.shape[0]
-    h, d = jnp.pad(h, ((0, padding), (0, padding))), jnp.pad(d, ((0, padding), (0, 0)))
+    n = hessian.in_features
+    size = min(512, n)
+
+    def slice_d(i):
+        # A slice that would end outside is moved back: its first rows were in the one before.
+        rows = jnp.minimum(i * size, n - size) + jnp.arange(size)
+        return jnp.where((rows >= i * size)[:, None], lax.dynamic_slice_in_dim(d, i * size, size), 0.0)
 
     def block_row(total, i):
-        d_i = lax.dynamic_slice_in_dim(d, i * rows, rows)
-
         def product(j, sums):
-            h_ij = lax.dynamic_slice(h, (i * rows, j * rows), (rows, rows))
-            d_j = lax.dynamic_slice_in_dim(d, j * rows, rows)
-            return sums + jnp.where(j < i, 2.0, 1.0) * jnp.dot(h_ij, d_j, precision=HIGHEST)
+            h_ij = lax.dynamic_slice(hessian.total, (i * size, j * size), (size, size))
+            return sums + jnp.where(j < i, 2.0, 1.0) * jnp.dot(h_ij, slice_d(j), precision=HIGHEST)
 
+        d_i = slice_d(i)
         sums = lax.fori_loop(0, i + 1, product, jnp.zeros_like(d_i))
         return total + jnp.sum(d_i * sums), None
 
-    return lax.scan(block_row, jnp.zeros((), d.dtype), jnp.arange(blocks))[0]
+    sums = lax.scan(block_row, jnp.zeros((), d.dtype), jnp.arange(-(-n // size)))[0]
+    return sums / jnp.maximum(hessian.tokens, 1).astype(jnp.float32)

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.grid import Grid
+from jgptq.grid import Grid, Levels, levels
 from jgptq.hessian import Hessian, energy
-from jgptq.solvers import METHODS, RTN, Info, Method, rtn
-from jgptq.tensor import Index, QuantizedTensor, dequantize, join, matrix
+from jgptq.solvers import METHODS, RTN, Info, Method, nearest
+from jgptq.tensor import Index, QuantizedTensor, dequantize, join
 from jgptq.tracing.graph import Part, Site, Step, leaf_paths, trace
 from jgptq.tracing.products import Product, empty_hessian
 from jgptq.tracing.segments import Program
@@ -142,6 +142,7 @@ def quantize(
             hessian = executor.hessian(step)
         else:
             executor.advance(step)
+        prepared: dict[Any, Any] = {}
         for part in step.parts:
             clock = time.perf_counter()
             site, name = sites[part.leaf], names[_key(part)]
@@ -149,7 +150,7 @@ def quantize(
                 weight, row = finished[name]
                 weight = jax.tree.map(lambda array: jnp.asarray(array[...]), weight)
             else:
-                weight, row = _solve_part(executor, site, part, hessian, *plan[part.leaf])
+                weight, row = _solve_part(executor, site, part, hessian, prepared, *plan[part.leaf])
                 row = dataclasses.replace(row, seconds=time.perf_counter() - clock)
                 if finished is not None:
                     finished[name] = weight, row
@@ -159,6 +160,8 @@ def quantize(
             rows.append(row)
             if progress:
                 progress(row, len(rows), len(names))
+        # Before the next step makes its own.
+        hessian = prepared = None
 
     leaves, tree = jax.tree.flatten(params)
     for leaf, site in sites.items():
@@ -235,11 +238,18 @@ def _joined(site: Site, parts: dict[Index, QuantizedTensor]) -> QuantizedTensor:
 
 
 def _solve_part(
-    executor: "Executor", site: Site, part: Part, hessian: Hessian, grid: Grid, method: Method
+    executor: "Executor", site: Site, part: Part, hessian: Hessian, prepared: dict, grid: Grid, method: Method
 ) -> tuple[QuantizedTensor, Row]:
+    """prepared: what the solves of one step share, filled as they come."""
+    shared = hessian
+    if hessian.total.ndim == 2 and hasattr(method, "prepare"):
+        key = grid.group_length(hessian.in_features), method
+        if key not in prepared:
+            prepared[key] = method.prepare(hessian, grid)
+        shared = prepared[key]
     w = part.layout.to_matrix(executor.leaf(part.leaf, part.index))
     if w.ndim == 2:
-        weight, info = method.solve(w, hessian, grid)
+        weight, info = method.solve(w, shared, grid)
         error = info.relative_error if isinstance(method, RTN) else _rtn_error(w, hessian, info, grid)
     else:
         batch = w.shape[:-2]
@@ -269,12 +279,16 @@ def _share(hessian: Hessian) -> Hessian:
     return Hessian(total, jnp.where(starved, jnp.sum(hessian.tokens), hessian.tokens))
 
 
-@functools.partial(jax.jit, static_argnames="grid")
 def _rtn_error(w: jax.Array, hessian: Hessian, info: Info, grid: Grid) -> jax.Array:
     """The relative output error of rounding to nearest."""
-    weight, _ = rtn(w, grid, hessian=hessian)
-    error = energy(hessian.mean(), w.astype(jnp.float32) - matrix(weight))
-    return jnp.where(info.output == 0, 0.0, jnp.maximum(error, 0.0) / jnp.where(info.output == 0, 1.0, info.output))
+    return _rounding_error(w, hessian, info.output, levels(grid))
+
+
+@jax.jit
+def _rounding_error(w: jax.Array, hessian: Hessian, output: jax.Array, grid: Levels) -> jax.Array:
+    w = w.astype(jnp.float32)
+    error = energy(hessian, w - nearest(w, grid)[-1])
+    return jnp.where(output == 0, 0.0, jnp.maximum(error, 0.0) / jnp.where(output == 0, 1.0, output))
 
 
 def _plan(sites, grid: Grid, method: Method, rules: Sequence[Rule]) -> dict[int, tuple[Grid, Method]]:

@@ -76,10 +76,16 @@ def problem_hessian(in_features=48, tokens=1024):
     return np.asarray(accumulate(reference.problem(in_features, 1, tokens=tokens)[1]).mean())
 
 
+def factored(h, damp, order=None):
+    """The factor of a mean Hessian, of three tokens, and its upper triangle."""
+    factor = hessians.factor(jgptq.Hessian(jnp.asarray(3 * h), jnp.int32(3)), damp, order)
+    return factor, np.asarray(factor.columns(0, len(factor.pivots)), np.float64)
+
+
 def test_factor_is_that_of_the_damped_hessian():
     h = problem_hessian()
-    upper, pivots, added, damp, failed = hessians.factor(jnp.asarray(h), 0.01)
-    upper, pivots = np.asarray(upper, np.float64), np.asarray(pivots, np.float64)
+    (_, pivots, added, damp, failed), upper = factored(h, 0.01)
+    pivots = np.asarray(pivots, np.float64)
     assert (np.tril(upper, -1) == 0).all()
     # XLA divides by multiplying with a reciprocal, which may leave one rounding.
     np.testing.assert_allclose(np.diagonal(upper), 1, atol=2.0**-23)
@@ -90,14 +96,33 @@ def test_factor_is_that_of_the_damped_hessian():
     assert not failed
 
 
+def test_columns_are_a_part_of_the_factor():
+    factor, upper = factored(problem_hessian(), 0.01)
+    np.testing.assert_array_equal(factor.columns(32, 16), upper[:, 32:])
+
+
+def test_a_factor_in_another_order_with_empty_slots():
+    h = problem_hessian(47)
+    order = np.append(np.random.default_rng(0).permutation(47), 47)
+    order = np.insert(order, 20, 47)  # 49 slots, two of them empty
+    factor, upper = factored(h, 0.01, jnp.asarray(order))
+    expected = np.zeros((49, 49))
+    filled = order < 47
+    expected[np.ix_(filled, filled)] = reference.damped(h, 0.01)[np.ix_(order[filled], order[filled])]
+    # An empty slot is a dead input.
+    expected[~filled, ~filled] = 1.01 * np.diagonal(h).mean()
+    product = upper * np.asarray(factor.pivots, np.float64) @ upper.T
+    np.testing.assert_allclose(product, expected, atol=48 * 2.0**-24 * h.max())
+
+
 def test_a_singular_hessian_grows_its_damping_and_says_so():
     h = problem_hessian(tokens=5)
-    factored = hessians.factor(jnp.asarray(h), 0.0)
-    assert 0 < float(factored.damp) <= 1e-3
-    assert not factored.failed
+    factor, upper = factored(h, 0.0)
+    assert 0 < float(factor.damp) <= 1e-3
+    assert not factor.failed
     np.testing.assert_allclose(
-        np.asarray(factored.upper, np.float64) * np.asarray(factored.pivots) @ np.asarray(factored.upper).T,
-        reference.damped(h, float(factored.damp)),
+        upper * np.asarray(factor.pivots) @ upper.T,
+        reference.damped(h, float(factor.damp)),
         atol=48 * 2.0**-24 * h.max(),
     )
 
@@ -106,19 +131,19 @@ def test_dead_inputs_are_decoupled():
     x = reference.problem(48, 1)[1]
     x[:, [3, 40]] = 0
     h = np.asarray(accumulate(x).mean())
-    factored = hessians.factor(jnp.asarray(h), 0.01)
-    off_diagonal = np.asarray(factored.upper) * (1 - np.eye(48))
+    factor, upper = factored(h, 0.01)
+    off_diagonal = upper * (1 - np.eye(48))
     assert not off_diagonal[[3, 40]].any()
     assert not off_diagonal[:, [3, 40]].any()
     live_mean = np.diagonal(h).sum() / 46
-    np.testing.assert_allclose(factored.added[jnp.array([3, 40])], 1.01 * live_mean, rtol=1e-6)
+    np.testing.assert_allclose(factor.added[jnp.array([3, 40])], 1.01 * live_mean, rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_no_damping_cures_a_hessian_that_is_not_finite(value):
     h = problem_hessian().copy()
     h[5, :] = h[:, 5] = value
-    assert hessians.factor(jnp.asarray(h), 0.01).failed
+    assert factored(h, 0.01)[0].failed
 
 
 @pytest.mark.parametrize("in_features", [1, 48, 512, 700])
@@ -128,7 +153,8 @@ def test_energy_is_the_trace(in_features):
     h = (a @ a.T + np.eye(in_features)).astype(np.float32)
     exact = np.trace(d.T.astype(np.float64) @ h.astype(np.float64) @ d)
     # Float32 sums of up to 700² terms of both signs, each at most |h| |d|².
-    np.testing.assert_allclose(hessians.energy(jnp.asarray(h), jnp.asarray(d)), exact, rtol=1e-4)
+    hessian = jgptq.Hessian(jnp.asarray(3 * h), jnp.int32(3))
+    np.testing.assert_allclose(hessians.energy(hessian, jnp.asarray(d)), exact, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("without_type_checker")

@@ -3,8 +3,8 @@
 from jgptq.solvers.gptq import GPTQ, gptq
 from jgptq.solvers.method import Info, Method
 from jgptq.solvers.obq import OBQ, obq
-from jgptq.solvers.rtn import RTN, rtn
+from jgptq.solvers.rtn import RTN, nearest, rtn
 
 METHODS: dict[str, Method] = {method.name: method for method in (RTN(), GPTQ(), OBQ())}
 
-__all__ = ["GPTQ", "METHODS", "OBQ", "RTN", "Info", "Method", "gptq", "obq", "rtn"]
+__all__ = ["GPTQ", "METHODS", "OBQ", "RTN", "Info", "Method", "gptq", "nearest", "obq", "rtn"]

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from jgptq import grid as grids
 from jgptq import tensor
 from jgptq.grid import Grid
-from jgptq.hessian import HIGHEST, Hessian, factor
+from jgptq.hessian import HIGHEST, Factor, Hessian, factor
 from jgptq.solvers.method import Info, check_damp, check_hessian, check_weight, make_info, pack
 
 ActOrder = Literal[False, True, "static", "group"]
@@ -30,6 +30,8 @@ ACT_ORDERS = (False, True, "static", "group")
 
 # Inputs that go one by one before a matrix product takes over; 8 to 32 time alike on a CPU.
 STRIP = 16
+# Outputs solved at once, at most: more take memory and little less time.
+TILE = 512
 # Earlier inputs in one product of the outermost sum: long enough to run at full speed.
 CHUNK = 512
 
@@ -47,7 +49,15 @@ class GPTQ:
     scale_search: bool = True
     name: str = dataclasses.field(default="gptq", init=False)
 
-    def solve(self, w: Array, hessian: Hessian, grid: Grid) -> tuple[tensor.QuantizedTensor, Info]:
+    def prepare(self, hessian: Hessian, grid: Grid) -> "Prepared":
+        """What `solve` takes in the Hessian's place to solve several weights with one factorization."""
+        group_length = grid.group_length(hessian.in_features)
+        return Prepared(hessian, *_prepare(hessian, group_length, self.damp, self.act_order, self.block_size))
+
+    def solve(self, w: Array, hessian: "Hessian | Prepared", grid: Grid) -> tuple[tensor.QuantizedTensor, Info]:
+        if isinstance(hessian, Prepared):
+            check_weight(w, grid)
+            return _solve_prepared(w, hessian, grid, self.act_order, self.block_size, self.scale_search)
         return gptq(
             w,
             hessian,
@@ -57,6 +67,15 @@ class GPTQ:
             block_size=self.block_size,
             scale_search=self.scale_search,
         )
+
+
+class Prepared(NamedTuple):
+    """A Hessian with its factor for one order of its inputs: what all weights that see these inputs share."""
+
+    hessian: Hessian
+    inputs: Int[Array, " slots"]  # the input in each slot, in_features where the slot is empty
+    groups: Int[Array, " slots"]  # the group whose grid the slot uses
+    factor: Factor
 
 
 def gptq(
@@ -91,35 +110,56 @@ def gptq(
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size={block_size!r}; give a positive integer")
     check_damp(damp)
+    prepared = Prepared(hessian, *_prepare(hessian, grid.group_length(w.shape[0]), damp, act_order, block_size))
+    return _solve_prepared(w, prepared, grid, act_order, block_size, scale_search)
+
+
+def _solve_prepared(w, prepared, grid, act_order, block_size, scale_search):
     fit = grids.search if scale_search else grids.fit
-    codes, scales, zeros, permutation, info = _solve(w, hessian, grids.levels(grid), damp, act_order, block_size, fit)
+    codes, scales, zeros, permutation, info = _solve(w, prepared, grids.levels(grid), act_order, block_size, fit)
     return pack(codes, scales, zeros, grid=grid, permutation=permutation, dtype=w.dtype), info
 
 
-@functools.partial(jax.jit, static_argnames=("act_order", "block_size", "fit"))
-def _solve(w, hessian, grid, damp, act_order, block_size, fit):
-    """Codes in stored row order, scales, zeros, permutation or None, Info."""
-    w = w.astype(jnp.float32)
-    in_features = w.shape[0]
-    group_length = grid.group_length(in_features)
-    h = hessian.mean()
-    plan = _plan(in_features, group_length, block_size)
-    order = _order(jnp.diagonal(h), plan, act_order)
-    factored = factor(_in_slots(_in_slots(h, order, plan).T, order, plan), damp)
-    rows = _Rows(*grids.fit_groups(w, grid, fit), order.groups) if act_order == "static" else None
-    solution = _descend(
-        _in_slots(w, order, plan), None, factored.upper, factored.pivots, rows, grid, fit, plan.group, plan.sizes
-    )
+@functools.partial(jax.jit, static_argnames=("group_length", "act_order", "block_size"))
+def _prepare(hessian, group_length, damp, act_order, block_size):
+    """All of a `Prepared` but its Hessian, which would be copied."""
+    plan = _plan(hessian.in_features, group_length, block_size)
+    inputs, groups = _order(jnp.diagonal(hessian.total), plan, act_order)
+    return inputs, groups, factor(hessian, damp, inputs)
 
-    codes = solution.codes
-    if not order.in_place:
-        codes = jnp.zeros((in_features, w.shape[1]), jnp.uint8).at[order.inputs].set(codes, mode="drop")
-    scales, zeros, permutation = (rows or solution).scales, (rows or solution).zeros, None
+
+@functools.partial(jax.jit, static_argnames=("act_order", "block_size", "fit"))
+def _solve(w, prepared, grid, act_order, block_size, fit):
+    """Codes in stored row order, scales, zeros, permutation or None, Info."""
+    hessian, inputs, slot_groups, factored = prepared
+    w = w.astype(jnp.float32)
+    in_features, out_features = w.shape
+    group_length = grid.group_length(in_features)
+    plan = _plan(in_features, group_length, block_size)
+
+    def outputs(start):
+        tile = lax.dynamic_slice_in_dim(w, start, size, axis=1)
+        rows = _Rows(*grids.fit_groups(tile, grid, fit), slot_groups) if act_order == "static" else None
+        tile = jnp.take(tile, inputs, axis=0, mode="fill", fill_value=0)
+        solution = _descend(tile, None, factored.columns, factored.pivots, rows, grid, fit, plan.group, plan.sizes)
+        # The loss is that of the damped Hessian; what was added to its diagonal comes off again.
+        added = jnp.sum(factored.added * jnp.sum(solution.errors**2, axis=1))
+        grids_used = rows or solution
+        return solution.codes, grids_used.scales, grids_used.zeros, solution.loss, added
+
+    size = max(size for size in range(1, min(TILE, out_features) + 1) if out_features % size == 0)
+    size = size if size >= TILE // 4 else out_features
+    *parts, loss, added = lax.map(outputs, jnp.arange(0, out_features, size))
+    codes, scales, zeros = (jnp.moveaxis(part, 0, 1).reshape(-1, out_features) for part in parts)
+    loss, added = jnp.sum(loss), jnp.sum(added)
+
+    codes = jnp.zeros((in_features, out_features), jnp.uint8).at[inputs].set(codes, mode="drop")
+    permutation = None
     if act_order == "group":
-        reached = order.groups[:: plan.group]
+        reached = slot_groups[:: plan.group]
         scales, zeros = jnp.zeros_like(scales).at[reached].set(scales), jnp.zeros_like(zeros).at[reached].set(zeros)
     if act_order is True and group_length < in_features:
-        groups = jnp.zeros(in_features, jnp.int32).at[order.inputs].set(order.groups, mode="drop")
+        groups = jnp.zeros(in_features, jnp.int32).at[inputs].set(slot_groups, mode="drop")
         permutation = jnp.argsort(groups, stable=True).astype(jnp.int32)
         codes = codes[permutation]
     groups = -(-in_features // group_length)
@@ -128,22 +168,12 @@ def _solve(w, hessian, grid, damp, act_order, block_size, fit):
         w,
         scales.astype(grid.scale_dtype),
         hessian,
-        # The loss is that of the damped Hessian; what was added to its diagonal comes off again.
-        error=solution.loss - jnp.sum(factored.added * jnp.sum(solution.errors**2, axis=1)),
-        loss=solution.loss,
+        error=loss - added,
+        loss=loss,
         damp=factored.damp,
         failed=factored.failed,
     )
     return codes, scales, zeros, permutation, info
-
-
-def _in_slots(matrix: Float[Array, "in n"], order: "_Order", plan: "_Plan") -> Float[Array, "slots n"]:
-    """Rows by slot. A slot past its group's last input gets zeros: a dead input of weight 0 and no influence."""
-    if order.in_place:
-        return matrix
-    if len(plan.inputs) > matrix.shape[0]:
-        matrix = jnp.pad(matrix, ((0, 1), (0, 0)))
-    return matrix[order.inputs]
 
 
 class _Plan(NamedTuple):
@@ -180,35 +210,27 @@ def _plan(in_features: int, group_size: int, block_size: int) -> _Plan:
     return _Plan(inputs, group, tuple(size for size in sizes if size < len(slots)))
 
 
-class _Order(NamedTuple):
-    """The input in each slot (in_features where empty) and the group whose grid the slot uses.
-
-    in_place: every input is in the slot of its own number.
-    """
-
-    inputs: Int[Array, " slots"]
-    groups: Int[Array, " slots"]
-    in_place: bool = False
-
-
-def _order(diagonal: Float[Array, " in"], plan: _Plan, act_order: ActOrder) -> _Order:
+def _order(
+    diagonal: Float[Array, " in"], plan: _Plan, act_order: ActOrder
+) -> tuple[Int[Array, " slots"], Int[Array, " slots"]]:
+    """The input in each slot, and the group whose grid the slot uses."""
     natural, (in_features,) = jnp.asarray(plan.inputs), diagonal.shape
     group_of_slot = jnp.arange(natural.shape[0]) // plan.group
     if act_order is False:
-        return _Order(natural, group_of_slot, in_place=len(plan.inputs) == in_features)
+        return natural, group_of_slot
     if act_order == "group":
         # Empty slots go last in their group, empty groups last of all.
         blocks = jnp.append(diagonal, -1.0)[natural].reshape(-1, plan.group)
         within = jnp.argsort(-blocks, axis=1, stable=True)
         groups = jnp.argsort(-jnp.max(blocks, axis=1), stable=True)
         inputs = jnp.take_along_axis(natural.reshape(-1, plan.group), within, axis=1)[groups]
-        return _Order(inputs.reshape(-1), jnp.repeat(groups, plan.group))
+        return inputs.reshape(-1), jnp.repeat(groups, plan.group)
     falling = jnp.append(jnp.argsort(-diagonal, stable=True), in_features)
     inputs = falling[natural]
     if act_order == "static":
         slot_of_input = np.flatnonzero(plan.inputs < in_features)
-        return _Order(inputs, jnp.append(group_of_slot[slot_of_input], 0)[inputs])
-    return _Order(inputs, group_of_slot)
+        return inputs, jnp.append(group_of_slot[slot_of_input], 0)[inputs]
+    return inputs, group_of_slot
 
 
 class _Rows(NamedTuple):
@@ -227,35 +249,35 @@ class _Solution(NamedTuple):
     loss: Array  # ()
 
 
-def _descend(w, feedback, upper, pivots, rows, grid, fit, group, sizes) -> _Solution:
+def _descend(w, feedback, columns_of, pivots, rows, grid, fit, group, sizes) -> _Solution:
     """Solves a block of n inputs given the feedback Σ e_k M_kj of all inputs before it (None: there are none).
 
-    w, feedback (n, out); upper (n, n) and pivots (n,): the block's part of the factor; rows: the grids, once known;
-    fit: what finds them; sizes: the nested block sizes below n.
+    w, feedback (n, out); columns_of(start, size), which gives columns (n, size) of M, and pivots (n,): the block's part
+    of the factor; rows: the grids, once known; fit: what finds them; sizes: the nested block sizes below n.
     """
     n = w.shape[0]
     if rows is None and n == group:
-        scale, zero = fit(_compensated(w, feedback, upper), grid)
+        scale, zero = fit(w if feedback is None else _compensated(w, feedback, columns_of(0, n)), grid)
         rows = _Rows(scale[None], zero[None], jnp.zeros(n, jnp.int32))
-        solution = _descend(w, feedback, upper, pivots, rows, grid, fit, group, sizes)
+        solution = _descend(w, feedback, columns_of, pivots, rows, grid, fit, group, sizes)
         return solution._replace(scales=rows.scales, zeros=rows.zeros)
     if not sizes:
-        return _strip(w, feedback, upper, pivots, rows, grid)
+        return _strip(w, feedback, columns_of(0, n), pivots, rows, grid)
 
     size = sizes[0]
     chunk = min(CHUNK, n)
     padding = -n % chunk
 
     def block(errors, start):
-        columns = lax.dynamic_slice_in_dim(jnp.pad(upper, ((0, padding), (0, 0))), start, size, axis=1)
-        sums = _earlier(columns, errors, start, chunk)
+        columns = columns_of(start, size)
+        sums = _earlier(jnp.pad(columns, ((0, padding), (0, 0))), errors, start, chunk)
         if feedback is not None:
             sums += lax.dynamic_slice_in_dim(feedback, start, size)
         part = rows and rows._replace(index=lax.dynamic_slice_in_dim(rows.index, start, size))
         solution = _descend(
             lax.dynamic_slice_in_dim(w, start, size),
             sums,
-            lax.dynamic_slice_in_dim(columns, start, size),
+            functools.partial(lax.dynamic_slice_in_dim, lax.dynamic_slice_in_dim(columns, start, size), axis=1),
             lax.dynamic_slice_in_dim(pivots, start, size),
             part,
             grid,
@@ -289,8 +311,6 @@ def _earlier(columns, errors, start, chunk):
 def _compensated(w, feedback, upper):
     """The weights of a block as algorithm 1 holds them on reaching it: moved to make up, if left real, for all errors
     so far. Feedback is in the basis of M, so w + M⁻ᵀ feedback."""
-    if feedback is None:
-        return w
     # A library solve with so few rows spends most of its time starting threads (on a CPU).
     eye = jnp.eye(upper.shape[0], dtype=upper.dtype)
 

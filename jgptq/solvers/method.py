@@ -39,7 +39,11 @@ class Info:
 
 @runtime_checkable
 class Method(Protocol):
-    """A quantization method with its options, as a value: one row of METHODS."""
+    """A quantization method with its options, as a value: one row of METHODS.
+
+    It may also have prepare(hessian, grid): what the solves of several weights on one Hessian share, which `solve` then
+    gets in the Hessian's place.
+    """
 
     name: str
 
@@ -92,8 +96,7 @@ def make_info(
     failed: Array,
 ) -> Info:
     """Completes an Info; scales in the dtype they are stored in; `error` is tr(ΔᵀHΔ) for the undamped mean Hessian."""
-    h = hessian.mean()
-    output = energy(h, w)
+    output = energy(hessian, w)
     # A weight of zeros, or inputs of zeros: no output to be wrong about. NaN stays NaN.
     relative = jnp.where(output == 0, 0.0, jnp.maximum(error, 0.0) / jnp.where(output == 0, 1.0, output))
     return Info(
@@ -102,7 +105,7 @@ def make_info(
         output=output,
         damp=damp,
         tokens=hessian.tokens,
-        dead_inputs=jnp.sum(jnp.diagonal(h) <= 0),
+        dead_inputs=jnp.sum(jnp.diagonal(hessian.total) <= 0),
         failed=failed,
         scales_at_limit=scales_at_limit(scales),
         finite=jnp.all(jnp.isfinite(w)) & jnp.all(jnp.isfinite(hessian.total)),

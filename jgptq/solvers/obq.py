@@ -51,9 +51,8 @@ def obq(
 def _obq(w, hessian, grid, damp):
     dtype, w = w.dtype, w.astype(jnp.float32)
     in_features = w.shape[0]
-    h = hessian.mean()
-    factored = factor(h, damp)
-    damped = h + jnp.diag(factored.added)
+    factored = factor(hessian, damp)
+    damped = hessian.mean() + jnp.diag(factored.added)
     # float64 where 64-bit types are enabled, float32 elsewhere
     inverse = jnp.linalg.inv(damped.astype(jnp.result_type(float)))
 
@@ -66,13 +65,14 @@ def _obq(w, hessian, grid, damp):
 
     codes = lax.map(output_feature, (w.T, scales.T, zeros.T), batch_size=ROWS).T
     weight = tensor.from_codes(codes, scales, zeros, grid=grid, dtype=dtype)
-    error = w - grids.decode(codes.astype(jnp.float32), scales[index], zeros[index])
+    left = w - grids.decode(codes.astype(jnp.float32), scales[index], zeros[index])
+    error = energy(hessian, left)
     info = make_info(
         w,
         weight.scales,
         hessian,
-        error=energy(h, error),
-        loss=energy(damped, error),
+        error=error,
+        loss=error + jnp.sum(factored.added * jnp.sum(left**2, axis=1)),
         damp=factored.damp,
         failed=factored.failed,
     )

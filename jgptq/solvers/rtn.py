@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jgptq import grid as grids
 from jgptq import tensor
-from jgptq.grid import Grid
+from jgptq.grid import Grid, Levels
 from jgptq.hessian import Hessian, energy
 from jgptq.solvers.method import Info, check_hessian, check_weight, make_info, pack
 
@@ -38,13 +38,19 @@ def rtn(
     return pack(codes, scales, zeros, grid=grid, dtype=w.dtype), info
 
 
-@jax.jit
-def _rtn(w, hessian, grid):
-    w = w.astype(jnp.float32)
+def nearest(w: Float[Array, "in out"], grid: Grid | Levels) -> tuple[Array, Array, Array, Array]:
+    """Codes (as floats), scales, zeros, and the values that the codes stand for."""
     scales, zeros = grids.fit_groups(w, grid)
     index = jnp.arange(w.shape[0]) // grid.group_length(w.shape[0])
     codes = grids.encode(w, scales[index], zeros[index], grid.max_code)
-    error = energy(hessian.mean(), w - grids.decode(codes, scales[index], zeros[index]))
+    return codes, scales, zeros, grids.decode(codes, scales[index], zeros[index])
+
+
+@jax.jit
+def _rtn(w, hessian, grid):
+    w = w.astype(jnp.float32)
+    codes, scales, zeros, rounded = nearest(w, grid)
+    error = energy(hessian, w - rounded)
     info = make_info(
         w,
         scales.astype(grid.scale_dtype),

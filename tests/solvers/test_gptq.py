@@ -223,6 +223,33 @@ def test_narrow_weights_are_solved_in_float32(small, dtype):
     assert float(narrow_info.loss) == pytest.approx(float(wide_info.loss), rel=1e-5)
 
 
+@pytest.mark.parametrize("act_order", [False, "group"])
+def test_weights_that_share_a_factor_are_solved_as_each_alone(small, act_order):
+    w, _, hessian = small
+    method = jgptq.GPTQ(act_order=act_order, scale_search=False)
+    prepared = method.prepare(hessian, GRID)
+    for weight in (w, 2 * w[::-1]):
+        expected = jgptq.gptq(weight, hessian, GRID, act_order=act_order)
+        jax.tree.map(np.testing.assert_array_equal, method.solve(weight, prepared, GRID), expected)
+
+
+def test_many_outputs_are_solved_as_a_few_at_a_time(small):
+    """More outputs than are solved at once."""
+    w, _, hessian = small
+    wide = jnp.tile(w, (1, 48)) * jnp.repeat(1 + jnp.arange(48.0), 16)[None, :]
+    for act_order in ("static", "group"):
+        weight, info = jgptq.gptq(wide, hessian, GRID, act_order=act_order)
+        parts = [jgptq.gptq(wide[:, k : k + 256], hessian, GRID, act_order=act_order) for k in (0, 256, 512)]
+        np.testing.assert_array_equal(
+            natural_codes(weight), np.concatenate([natural_codes(part) for part, _ in parts], axis=1)
+        )
+        np.testing.assert_array_equal(weight.scales, np.concatenate([part.scales for part, _ in parts], axis=1))
+        assert float(info.loss) == pytest.approx(sum(float(other.loss) for _, other in parts), rel=1e-5)
+        assert float(info.relative_error) == pytest.approx(
+            reference.relative_error(np.asarray(wide), raw_dequantize(weight), np.asarray(hessian.mean())), rel=1e-3
+        )
+
+
 def test_vmap_and_jit_solve_what_each_call_solves(small):
     w, _, hessian = small
     stack = jnp.stack([w, -2 * w, w[::-1]])
