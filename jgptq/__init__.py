@@ -7,6 +7,7 @@ from jgptq.generate import generate
 from jgptq.grid import Grid
 from jgptq.hessian import Hessian, init_hessian, merge_hessians, update_hessian
 from jgptq.kernels.matmul import matmul
+from jgptq.kernels.prepack import prepack, unprepack
 from jgptq.modules import find_weights, quantize, quantized
 from jgptq.perplexity import compare, perplexity
 from jgptq.quantize import Options, QuantizationWarning, Report, Row
@@ -40,9 +41,11 @@ __all__ = [
     "merge_hessians",
     "obq",
     "perplexity",
+    "prepack",
     "quantize",
     "quantized",
     "rtn",
     "save",
+    "unprepack",
     "update_hessian",
 ]

@@ -177,12 +177,14 @@ class QuantizedTensor:
         return f"QuantizedTensor({jnp.dtype(self.dtype).name}{list(shape)}, {', '.join(parts)})"
 
 
-def _static_to_bytes(static: tuple) -> bytes:
+def static_to_bytes(static: tuple) -> bytes:
+    """The static fields (bits, group_size, dtype, layout) as JSON, for exported programs."""
     bits, group_size, dtype, layout = static
     return json.dumps([bits, group_size, jnp.dtype(dtype).name, dataclasses.asdict(layout)]).encode()
 
 
-def _static_from_bytes(data: bytes) -> tuple:
+def static_from_bytes(data: bytes) -> tuple:
+    """The inverse of `static_to_bytes`."""
     bits, group_size, dtype, layout = json.loads(data)
     return bits, group_size, jnp.dtype(dtype), Layout(**{name: tuple(value) for name, value in layout.items()})
 
@@ -190,8 +192,8 @@ def _static_from_bytes(data: bytes) -> tuple:
 jax.export.register_pytree_node_serialization(
     QuantizedTensor,
     serialized_name="jgptq.QuantizedTensor",
-    serialize_auxdata=_static_to_bytes,
-    deserialize_auxdata=_static_from_bytes,
+    serialize_auxdata=static_to_bytes,
+    deserialize_auxdata=static_from_bytes,
 )
 
 

@@ -8,8 +8,9 @@ import reference
 
 import jgptq
 from jgptq import tensor
-from jgptq.kernels.matmul import IMPLEMENTATIONS
 
+# Those that run on a CPU, each and as chosen; tests/kernels/test_hopper.py has the other.
+IMPLEMENTATIONS = (None, "xla", "xla_codes")
 # (bits, group size, symmetric, permuted): each width, a short last group, one group, and both zeros and orders.
 WEIGHTS = [
     (2, 32, True, False),
@@ -17,6 +18,8 @@ WEIGHTS = [
     (4, 32, False, False),
     (4, None, True, True),
     (8, 24, False, False),
+    (4, 48, False, True),
+    (3, 32, True, False),
 ]
 # Unit roundoff: of the product's result and, in narrow types, of the dequantized weight, each rounded once.
 ROUNDOFF = {jnp.float32: 2.0**-24, jnp.bfloat16: 2.0**-9, jnp.float16: 2.0**-12}
