@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt32
 
 from jgptq import packing, tensor
@@ -179,7 +180,7 @@ def _to_words(codes: Array, bits: int) -> UInt32[Array, "*batch rows words"]:
     *batch, length, outputs = codes.shape
     blocks, pairs, n = length // BLOCK, 16 // bits, len(batch)
     parts = codes.astype(jnp.uint32).reshape(*batch, blocks, bits // 4, 4, pairs, 4, 2, outputs)
-    words = jnp.sum(parts << _shifts(bits), axis=(n + 3, n + 5), dtype=jnp.uint32)  # block, w // 4, w % 4, c, output
+    words = jnp.sum(parts << _shifts(bits, parts.ndim), axis=(n + 3, n + 5), dtype=jnp.uint32)  # block, w // 4, w % 4, c, output
     words = words.transpose(*range(n), n, n + 4, n + 1, n + 3, n + 2)
     return words.reshape(*batch, blocks * outputs, 4 * bits)
 
@@ -190,11 +191,12 @@ def _from_words(words: Array, blocks: int, bits: int) -> Array:
     outputs, n = rows // blocks, len(batch)
     parts = words.reshape(*batch, blocks, outputs, bits // 4, 4, 4)
     parts = parts.transpose(*range(n), n, n + 2, n + 4, n + 3, n + 1)[..., :, None, :, None, :]
-    codes = (parts >> _shifts(bits)) & (2**bits - 1)
+    codes = (parts >> _shifts(bits, parts.ndim)) & (2**bits - 1)
     return codes.astype(jnp.uint8).reshape(*batch, blocks * BLOCK, outputs)
 
 
-def _shifts(bits: int) -> Array:
-    """Where in its word a code lies, with axes pair, thread, half, output."""
-    pair, half = jnp.arange(16 // bits, dtype=jnp.uint32), jnp.arange(2, dtype=jnp.uint32)
-    return (bits * pair[:, None, None, None] + 16 * half[:, None]).astype(jnp.uint32)
+def _shifts(bits: int, ndim: int) -> np.ndarray:
+    """Where in its word a code lies, along the axes pair, thread, half, output, the last of `ndim`."""
+    pair, half = np.arange(16 // bits), np.arange(2)
+    shifts = (bits * pair[:, None] + 16 * half).astype(np.uint32)
+    return shifts.reshape((1,) * (ndim - 4) + (16 // bits, 1, 2, 1))
