@@ -256,7 +256,7 @@ def dequantize(weight: QuantizedTensor) -> Array:
 Index = tuple[tuple[int, int], ...]
 
 
-def with_stack_in_layout(weight: QuantizedTensor) -> QuantizedTensor:
+def with_stack_in_layout(weight: Any) -> Any:
     """The same weight with the axes in front of its layout's own as batch axes of the layout."""
     stack = weight.shape[: weight.ndim - len(weight.layout.shape)]
     return dataclasses.replace(weight, layout=weight.layout.stacked(stack))

@@ -83,13 +83,13 @@ def _run(x: Array, weight: Any, *, implementation: str | None, dtype: Any) -> Ar
 
 
 def _run_mapped(
-    size: int, mapped: tuple, x: Array, weight: Any, *, implementation: str | None, dtype: Any
+    size: int, mapped: Any, x: Array, weight: Any, *, implementation: str | None, dtype: Any
 ) -> tuple[Array, bool]:
     """The rule of vmap: more rows of one product; else the kernel for one weight after another, or XLA's batch."""
     if not any(jax.tree.leaves(mapped[1])):
         return _product(x, weight, implementation, dtype), True
     x, weight = jax.tree.map(
-        lambda leaf, has: leaf if has else jnp.broadcast_to(leaf[None], (size, *leaf.shape)), (x, weight), mapped
+        lambda leaf, has: leaf if has else jnp.broadcast_to(leaf[None], (size, *leaf.shape)), (x, weight), tuple(mapped)
     )
     rows = math.prod(x.shape[1:-1])
     if isinstance(rows, int) and rows == 0:

@@ -180,7 +180,8 @@ def _to_words(codes: Array, bits: int) -> UInt32[Array, "*batch rows words"]:
     *batch, length, outputs = codes.shape
     blocks, pairs, n = length // BLOCK, 16 // bits, len(batch)
     parts = codes.astype(jnp.uint32).reshape(*batch, blocks, bits // 4, 4, pairs, 4, 2, outputs)
-    words = jnp.sum(parts << _shifts(bits, parts.ndim), axis=(n + 3, n + 5), dtype=jnp.uint32)  # block, w // 4, w % 4, c, output
+    # Axes: block, w // 4, w % 4, c, output.
+    words = jnp.sum(parts << _shifts(bits, parts.ndim), axis=(n + 3, n + 5), dtype=jnp.uint32)
     words = words.transpose(*range(n), n, n + 4, n + 1, n + 3, n + 2)
     return words.reshape(*batch, blocks * outputs, 4 * bits)
 

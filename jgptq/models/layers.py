@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Integer
 
 from jgptq import tensor
 from jgptq.kernels.matmul import matmul
+from jgptq.kernels.prepack import Prepacked
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -46,7 +47,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         kernel = self.kernel.get_value()
-        if isinstance(kernel, tensor.QuantizedTensor):
+        if isinstance(kernel, tensor.QuantizedTensor | Prepacked):
             y = matmul(x, kernel)
         else:
             y = jnp.matmul(x, kernel.astype(x.dtype), precision=precision(x.dtype))
@@ -68,7 +69,7 @@ class Embed(nnx.Module):
 
     def _table(self) -> Float[Array, "vocab features"]:
         table = self.embedding.get_value()
-        return table.dequantize() if isinstance(table, tensor.QuantizedTensor) else table
+        return table.dequantize() if isinstance(table, tensor.QuantizedTensor | Prepacked) else table
 
 
 def untied_head(config: Any, features: int, *, rngs: nnx.Rngs) -> Linear | None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jgptq.kernels.matmul import matmul
+from jgptq.kernels.prepack import Prepacked, unprepack
 from jgptq.tensor import QuantizedTensor, cut, unpack_columns, with_stack_in_layout
 from jgptq.tracing import views
 from jgptq.tracing.graph import as_abstract, is_quantized, is_static
@@ -31,13 +32,13 @@ class _Packed:
     weight: its stack in its layout. factor: its axes are those of the view, of size 1 where it does not vary.
     """
 
-    weight: QuantizedTensor
+    weight: QuantizedTensor | Prepacked
     view: views.View
     factor: Any = None
     addend: Any = None
 
     @classmethod
-    def whole(cls, weight: QuantizedTensor) -> "_Packed":
+    def whole(cls, weight: QuantizedTensor | Prepacked) -> "_Packed":
         return cls(with_stack_in_layout(weight), views.whole(weight.shape))
 
     def array(self) -> jax.Array:
@@ -170,7 +171,7 @@ def _part(packed: _Packed, view: views.View) -> _Packed | None:
     weight = packed.weight
     for axis, ((start, stop), size) in enumerate(zip(view.index, weight.shape, strict=True)):
         if (start, stop) != (0, size):
-            weight = cut(weight, axis, start, stop)
+            weight = cut(unprepack(weight), axis, start, stop)
             if weight is None:
                 return None
     view = view._replace(index=tuple((0, size) for size in weight.shape))
@@ -257,7 +258,7 @@ def _product(equation: jex.JaxprEqn, operands: list[Any]) -> list[jax.Array] | N
     return [result]
 
 
-def _matmul(x: jax.Array, weight: QuantizedTensor, batch_axes: int, dtype: Any) -> jax.Array:
+def _matmul(x: jax.Array, weight: QuantizedTensor | Prepacked, batch_axes: int, dtype: Any) -> jax.Array:
     """x (batch…, tokens…, in) @ weight, whose arrays have the axes of the layout's batch in front."""
     batch = math.prod(x.shape[:batch_axes])
     plain = dataclasses.replace(weight, layout=_dense(weight))
@@ -269,7 +270,7 @@ def _matmul(x: jax.Array, weight: QuantizedTensor, batch_axes: int, dtype: Any) 
     return product(x.reshape(batch, -1, x.shape[-1]), plain)
 
 
-def _dense(weight: QuantizedTensor) -> Any:
+def _dense(weight: QuantizedTensor | Prepacked) -> Any:
     return type(weight.layout).dense(weight.in_features, weight.out_features)
 
 
@@ -294,7 +295,7 @@ def _rows(equation: jex.JaxprEqn, operands: list[Any]) -> list[jax.Array] | None
         return None
     # The same gather over the numbers of the rows says which are taken, and which are out of range.
     taken = indices[..., 0]
-    values = unpack_columns(table.weight, jnp.clip(taken, 0, rows - 1))
+    values = unpack_columns(unprepack(table.weight), jnp.clip(taken, 0, rows - 1))
     for dtype in table.view.casts:
         values = values.astype(dtype)
     mode = str(equation.params["mode"])
@@ -388,10 +389,10 @@ class _Stack:
     """Packed weights one after another. arrays: with the stack's axis leading, and a factor where each has its own;
     one: an element with the first one's arrays, which stand for nothing, and the factor they share."""
 
-    arrays: tuple[QuantizedTensor, Any]
+    arrays: tuple[QuantizedTensor | Prepacked, Any]
     one: _Packed
 
-    def element(self, arrays: tuple[QuantizedTensor, Any]) -> _Packed:
+    def element(self, arrays: tuple[QuantizedTensor | Prepacked, Any]) -> _Packed:
         weight, factor = arrays
         weight = dataclasses.replace(weight, layout=self.one.weight.layout)
         return dataclasses.replace(self.one, weight=weight, factor=self.one.factor if factor is None else factor)

@@ -10,6 +10,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from jgptq.kernels.prepack import Prepacked
 from jgptq.tensor import Index, Layout, QuantizedTensor, join_layouts
 from jgptq.tracing.flatten import Flattener, Use
 from jgptq.tracing.jaxprs import Atom
@@ -136,12 +137,12 @@ def leaf_paths(params: Any) -> list[tuple[str, Any]]:
 
 
 def is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedTensor)
+    return isinstance(leaf, QuantizedTensor | Prepacked)
 
 
 def is_static(leaf: Any) -> bool:
     """Whether a leaf is no array: a number, or a function in an Equinox module, say. It is taken as it is."""
-    return not (hasattr(leaf, "dtype") or isinstance(leaf, QuantizedTensor))
+    return not (hasattr(leaf, "dtype") or is_quantized(leaf))
 
 
 def trace(f: Callable, params: Any, *inputs: Any) -> Graph:
@@ -151,7 +152,7 @@ def trace(f: Callable, params: Any, *inputs: Any) -> Graph:
     named = leaf_paths(params)
     for path, leaf in named:
         if is_quantized(leaf):
-            raise ValueError(f"{path} is already a QuantizedTensor; give float parameters (dequantize it first)")
+            raise ValueError(f"{path} is already a {type(leaf).__name__}; give float parameters (dequantize it first)")
     leaves, tree = jax.tree.flatten(params)
     arrays = [number for number, leaf in enumerate(leaves) if not is_static(leaf)]
 

@@ -8,12 +8,11 @@ def read_rows(ref):
 
 
 def read_weights(codes, zeros, bits, dtype):
-    words, columns, pairs = codes[...], [], 16 // bits
-    for k in range(128):
-        own = k // 8 // pairs
-        word = words[:, own // 4 * 16 + 4 * (k % 8 // 2) + own % 4]
-        columns.append((word >> (16 * (k % 2) + bits * (k // 8 % pairs))) & (2**bits - 1))
-    values = jnp.stack(columns, axis=1).astype(jnp.int32)
+    k, pairs = jnp.arange(128), 16 // bits
+    own = k // 8 // pairs  # of the thread's words
+    words = codes[...][:, own // 4 * 16 + k % 8 // 2 * 4 + own % 4]
+    shifts = (16 * (k % 2) + bits * (k // 8 % pairs)).astype(jnp.uint32)
+    values = ((words >> shifts[None]) & (2**bits - 1)).astype(jnp.int32)
     lows = [zero if isinstance(zero, int) else zero[...].astype(jnp.int32)[:, None] for zero in zeros]
     return [(part - low).astype(dtype) for part, low in zip(jnp.split(values, len(zeros), 1), lows, strict=True)]
 

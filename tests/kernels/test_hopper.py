@@ -4,6 +4,8 @@ The interpreter runs the kernel's own grid, pipeline, indices and sums; what a t
 by test_prepack.py and by benchmarks/gpu.py, on a GPU.
 """
 
+import functools
+
 import emulated_mosaic
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import pytest
 from test_prepack import make_weight
 
 import jgptq
+from jgptq import tensor
 from jgptq.kernels import hopper
 
 MESH = jax.sharding.AbstractMesh(
@@ -47,3 +50,126 @@ def test_values_match_float64(parts, rows):
     # Products are exact and summed in float32: at worst one rounding a term.
     bound = weight.in_features * 2.0**-24 * (abs(exact[0]) @ abs(exact[1]) * 4)
     assert (abs(np.asarray(y) - exact[0] @ exact[1]) <= bound).all()
+
+
+# bits, inputs, outputs, group size, symmetric, rows, dtype: each form of decoding, of groups and of plans.
+LOWERED = [
+    (4, 4096, 4096, 128, False, 1, jnp.bfloat16),
+    (4, 4096, 4096, 32, False, 16, jnp.float16),
+    (4, 512, 14336, 64, True, 128, jnp.bfloat16),
+    (4, 14336, 4096, None, True, 300, jnp.bfloat16),
+    (4, 1024, 33792, 128, True, 32, jnp.bfloat16),
+    (3, 1000, 200, 128, False, 7, jnp.float16),
+    (2, 512, 256, 24, False, 5, jnp.bfloat16),
+    (8, 4096, 4096, 128, False, 1, jnp.bfloat16),
+    (8, 512, 256, 32, True, 64, jnp.bfloat16),
+    (8, 512, 256, 64, False, 8, jnp.float16),
+]
+
+
+def shapes(bits, inputs, outputs, group_size, symmetric, rows, dtype):
+    """x and a permuted prepacked weight, as shapes."""
+    group_count = -(-inputs // (group_size or inputs))
+
+    def make(codes, scales):
+        grid = jgptq.Grid(bits=bits, group_size=group_size, symmetric=symmetric)
+        return tensor.from_codes(codes, scales, scales.astype(jnp.uint8), grid=grid, permutation=jnp.arange(inputs))
+
+    arrays = jax.ShapeDtypeStruct((inputs, outputs), jnp.uint8), jax.ShapeDtypeStruct((group_count, outputs), dtype)
+    weight = jax.eval_shape(lambda *arrays: jgptq.prepack(make(*arrays)), *arrays)
+    return jax.ShapeDtypeStruct((rows, inputs), dtype), weight
+
+
+def lowered(f, *arguments, platform="cuda"):
+    with jax.sharding.use_abstract_mesh(MESH):
+        return jax.jit(f).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+def kernels(text):
+    return text.count("mosaic_gpu_v2")
+
+
+@pytest.mark.parametrize("product", LOWERED, ids=str)
+def test_it_lowers_for_cuda(product):
+    rows = product[-2]
+    x, weight = shapes(*product)
+    assert kernels(lowered(functools.partial(jgptq.matmul, implementation="hopper"), x, weight)) == -(-rows // 128)
+
+
+SMALL = (4, 256, 128, 32, False, 4, jnp.bfloat16)
+
+
+class TestDispatch:
+    """Which programs hold the kernel."""
+
+    def test_by_platform(self):
+        assert kernels(lowered(jgptq.matmul, *shapes(*SMALL))) == 1
+        assert kernels(lowered(jgptq.matmul, *shapes(*SMALL), platform="cpu")) == 0
+        assert kernels(lowered(jgptq.matmul, *shapes(*SMALL), platform="tpu")) == 0
+
+    def test_not_for_another_gpu(self):
+        ampere = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=108, platform="gpu")
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=ampere)):
+            traced = jax.jit(jgptq.matmul).trace(*shapes(*SMALL))
+            assert kernels(traced.lower(lowering_platforms=("cuda",)).as_text()) == 0
+
+    def test_by_rows_and_dtype(self):
+        x, weight = shapes(*SMALL)
+        many = jax.ShapeDtypeStruct((129, x.shape[1]), x.dtype)
+        wide = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        assert kernels(lowered(jgptq.matmul, many, weight)) == 0
+        assert kernels(lowered(jgptq.matmul, wide, weight)) == 0
+
+    def test_vmap_over_x_is_one_product(self):
+        x, weight = shapes(*SMALL)
+        x = jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
+        text = lowered(jax.vmap(jgptq.matmul, in_axes=(0, None)), x, weight)
+        assert kernels(text) == 1
+        assert "stablehlo.while" not in text
+
+    def test_stacks_under_vmap_and_scan(self):
+        x, weight = shapes(*SMALL)
+        stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), (x, weight))
+
+        def scanned(x, weight):
+            return jax.lax.scan(lambda carry, both: (carry, jgptq.matmul(*both)), 0, (x, weight))[1]
+
+        for f in (jax.vmap(jgptq.matmul), scanned):
+            text = lowered(f, *stack)
+            assert kernels(text) == 1
+            assert "stablehlo.while" in text
+
+    def test_under_derivatives(self):
+        x, weight = shapes(*SMALL)
+        for f in (
+            lambda x, weight: jax.jvp(lambda x: jgptq.matmul(x, weight), (x,), (x,)),
+            lambda x, weight: jax.value_and_grad(lambda x: jgptq.matmul(x, weight).sum())(x),
+        ):
+            assert kernels(lowered(f, x, weight)) == 1
+
+
+@pytest.mark.parametrize("transform", ["plain", "grad", "vmap", "quantized"])
+def test_on_a_cpu_a_prepacked_weight_gives_what_it_gave_before(transform):
+    """With an asymmetric, permuted weight, for which XLA serves both orders."""
+    weight = make_weight(4, 160, 10, 64, False, True)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 160)), jnp.float32)
+    f = {
+        "plain": jgptq.matmul,
+        "grad": jax.grad(lambda x, weight: (jgptq.matmul(x, weight) ** 2).sum()),
+        "vmap": lambda x, weight: jax.vmap(jgptq.matmul)(x, jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), weight)),
+        "quantized": lambda x, weight: jgptq.quantized(lambda w, x: x @ w)(weight, x),
+    }[transform]
+    np.testing.assert_array_equal(jax.jit(f)(x, jgptq.prepack(weight)), jax.jit(f)(x, weight))
+
+
+@pytest.mark.usefixtures("without_type_checker")
+class TestMessages:
+    def test_another_order(self):
+        weight = make_weight(4, 64, 10, 32, False, False)
+        with pytest.raises(ValueError, match=r"the weight is a QuantizedTensor; give jgptq.prepack\(weight\)"):
+            jgptq.matmul(jnp.ones((3, 64), jnp.bfloat16), weight, implementation="hopper")
+
+    def test_another_dtype(self):
+        weight = jgptq.prepack(make_weight(4, 64, 10, 32, False, False))
+        with pytest.raises(ValueError, match=r"x is float32; cast it to one of \('bfloat16', 'float16'\)"):
+            jgptq.matmul(jnp.ones((3, 64)), weight, implementation="hopper")

@@ -51,7 +51,7 @@ def both(request):
 
 
 def test_every_code_is_where_its_thread_looks(both):
-    """The fragment of wgmma.m64nNk16's left operand, PTX ISA: thread 4 r + c of a warp has, of rows r and r + 8, columns
+    """The left operand of wgmma.m64nNk16, PTX ISA: thread 4 r + c of a warp has, of rows r and r + 8, columns
     2 c, 2 c + 1, and these plus 8; so of 128 inputs pairs at 8 p + 2 c, in 16 registers p."""
     weight, packed = both
     bits, words = packed.stored_bits, np.asarray(packed.codes)
