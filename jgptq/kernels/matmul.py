@@ -112,7 +112,8 @@ def _choose(x: Array, weight: Any, rows: Any, implementation: str | None, kernel
     if implementation is not None:
         return others(x, weight, few=implementation == "xla_codes")
     known = rows if isinstance(rows, int) else math.inf
-    by_xla = functools.partial(others, few=known <= xla.FEW_ROWS)
+    large = weight.in_features * weight.out_features >= xla.FEW_CODES
+    by_xla = functools.partial(others, few=large and known <= xla.FEW_ROWS)
     if known <= HOPPER_ROWS and _hopper_refusal(x, weight) is None and _is_for_hopper():
         return jax.lax.platform_dependent(x, weight, cuda=kernel, default=by_xla)
     return by_xla(x, weight)

@@ -18,6 +18,8 @@ from jgptq import tensor
 # Rows on which `from_codes` beats `dequantized`. 4096×4096, 4 bits, group 128, float32, 2 cores of a Xeon (AVX-512):
 # 2.5 ms at 1 row and 10 ms at 4 against 37 and 47 ms; the float32 product takes 5 and 9 ms.
 FEW_ROWS = 4
+# Fewer codes than this are dequantized whatever the rows: they stay in a cache, and compiling the loop takes longer.
+FEW_CODES = 2**17
 # Codes that one iteration of the loop on a CPU unrolls: its program is compiled in half a second.
 UNROLLED = 32
 
