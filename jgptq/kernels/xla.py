@@ -47,11 +47,13 @@ def from_codes(
     inputs takes its place.
     """
     rows = _in_stored_order(x, weight).reshape(-1, weight.in_features)
-    if _run_length(weight) is None:
-        product = _by_group(rows, weight)
-    else:
-        product = lax.platform_dependent(rows, weight, cpu=_by_run, default=_by_group)
+    product = lax.platform_dependent(rows, weight, cpu=_on_cpu, default=_by_group)
     return product.astype(result_dtype).reshape(*x.shape[:-1], weight.out_features)
+
+
+def _on_cpu(x: Float[Array, "rows in"], weight: tensor.QuantizedTensor) -> Float[Array, "rows out"]:
+    x = x.astype(_wide(x))  # XLA on CPUs cannot do a batch of bfloat16 products that are summed in float32
+    return _by_group(x, weight) if _run_length(weight) is None else _by_run(x, weight)
 
 
 def _by_group(x: Float[Array, "rows in"], weight: tensor.QuantizedTensor) -> Float[Array, "rows out"]:
@@ -68,7 +70,7 @@ def _by_run(x: Float[Array, "rows in"], weight: tensor.QuantizedTensor) -> Float
     """A loop over runs of inputs of one group. Each row has a sum of its own, so that a code is decoded but once."""
     length = _run_length(weight)
     runs = weight.in_features // length
-    x = x.astype(_wide(x)).reshape(-1, runs, length)
+    x = x.reshape(-1, runs, length)
     words = weight.codes.reshape(runs, -1, weight.out_features)
     totals = jnp.sum(x, axis=-1)
 
