@@ -113,7 +113,11 @@ def _scaled(weight: tensor.QuantizedTensor, sums: Array, totals: Array) -> Array
 
 
 def _in_stored_order(x: Array, weight: tensor.QuantizedTensor) -> Array:
-    return x if weight.permutation is None else jnp.take(x, weight.permutation, axis=-1)
+    if weight.permutation is None:
+        return x
+    # The barrier keeps XLA from multiplying by a transposed gather, which on CPUs fails for bfloat16 ("Unsupported
+    # element type for DotThunk::Execute", jaxlib 0.10.2).
+    return lax.optimization_barrier(jnp.take(x, weight.permutation, axis=-1))
 
 
 def _wide(x: Array) -> Any:

@@ -25,14 +25,14 @@ WEIGHTS = [
 ROUNDOFF = {jnp.float32: 2.0**-24, jnp.bfloat16: 2.0**-9, jnp.float16: 2.0**-12}
 
 
-def make_weight(bits, group_size, symmetric, permuted):
+def make_weight(bits, group_size, symmetric, permuted, outputs=10):
     rng = np.random.default_rng(0)
     rows = group_size or 64
     groups = -(-64 // rows)
     return tensor.from_codes(
-        jnp.asarray(rng.integers(0, 2**bits, (64, 10)), jnp.uint8),
-        jnp.asarray(rng.normal(size=(groups, 10)), jnp.float32),
-        jnp.asarray(rng.integers(0, 2**bits, (groups, 10)), jnp.uint8),
+        jnp.asarray(rng.integers(0, 2**bits, (64, outputs)), jnp.uint8),
+        jnp.asarray(rng.normal(size=(groups, outputs)), jnp.float32),
+        jnp.asarray(rng.integers(0, 2**bits, (groups, outputs)), jnp.uint8),
         grid=jgptq.Grid(bits=bits, group_size=group_size, symmetric=symmetric),
         permutation=jnp.asarray(rng.permutation(64), jnp.int32) if permuted else None,
     )
@@ -73,6 +73,12 @@ def test_products_match_float64(parts, dtype, implementation):
     assert_product(y, x, exact_matrix(weight), dtype)
 
 
+def test_a_permuted_weight_in_bfloat16_under_jit():
+    """XLA on CPUs cannot do every bfloat16 product that it makes of a gather and a product."""
+    weight, x = make_weight(4, 32, True, True, outputs=64), inputs((9, 64), jnp.bfloat16)
+    assert_product(jax.jit(jgptq.matmul)(x, weight), x, exact_matrix(weight), jnp.bfloat16)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", [(64,), (0, 64), (1, 64), (2, 0, 64), (2, 1, 5, 64)])
 def test_any_leading_shape(shape, implementation):
@@ -99,6 +105,25 @@ def test_gradient_and_jvp_are_those_of_the_product(dtype, implementation):
     (x_cotangent,) = jax.jit(lambda x, c: jax.vjp(product, x)[1](c))(x, cotangent)
     assert x_cotangent.dtype == dtype
     assert_product(x_cotangent, cotangent, w.T, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_few_rows_take_no_memory_of_the_weights_size(rows):
+    """At most a tenth of what the dequantized weight would take."""
+    arrays = jax.ShapeDtypeStruct((512, 1024), jnp.uint8), jax.ShapeDtypeStruct((4, 1024), jnp.float16)
+    weight = jax.eval_shape(
+        lambda codes, scales: tensor.from_codes(codes, scales, scales.astype(jnp.uint8), grid=jgptq.Grid()), *arrays
+    )
+    x = jax.ShapeDtypeStruct((rows, 512), jnp.float32)
+    memory = {
+        implementation: jax.jit(lambda x, w, name=implementation: jgptq.matmul(x, w, implementation=name))
+        .lower(x, weight)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for implementation in (None, "xla")
+    }
+    assert memory[None] < 512 * 1024 * 4 / 10 < 512 * 1024 * 4 <= memory["xla"]
 
 
 def test_it_is_the_product_with_the_dequantized_weight():

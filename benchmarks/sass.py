@@ -1,0 +1,152 @@
+"""The Hopper kernel compiled to machine code for an H200, on a machine without a GPU: spills, stack, instructions.
+
+    python -m venv /tmp/aot && . /tmp/aot/bin/activate && pip install -e . absl-py jax==0.10.2
+    pip install --no-deps jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 nvidia-cuda-nvcc triton
+    python benchmarks/sass.py                  # writes benchmarks/results/sass-h200.json
+
+Fails if a kernel spills registers or has a stack frame, or if its program takes more memory besides its arguments than
+partial sums and inputs of one product do. Instructions a weight are those of the loop that a warp runs for each block,
+over the weights it decodes; they are counted where ptxas and nvdisasm are found (Triton's package has both). At the
+rate at which an H200 copies memory, 4-bit weights leave time for about 3.6.
+"""
+
+import argparse
+import collections
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+DUMP = tempfile.mkdtemp(prefix="jgptq-sass-")
+os.environ |= {"MOSAIC_GPU_DUMP_TO": DUMP, "JAX_PLATFORMS": "cpu"}
+
+import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+import jgptq  # noqa: E402
+from jgptq.kernels.hopper import Plan  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import random_packed  # noqa: E402
+
+# An H200 by its data sheet and the CUDA programming guide's table of compute capability 9.0.
+TARGET = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
+  clock_rate_ghz: 1.98 device_memory_size: 150000000000 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H200"
+"""
+# inputs, outputs, bits, group size, symmetric, rows, dtype
+PRODUCTS = [
+    (4096, 4096, 4, 128, True, 1, "bfloat16"),
+    (4096, 4096, 4, 128, False, 1, "bfloat16"),
+    (4096, 4096, 4, 128, False, 16, "float16"),
+    (4096, 14336, 4, 128, True, 16, "bfloat16"),
+    (4096, 14336, 4, 128, True, 64, "bfloat16"),
+    (14336, 4096, 4, 128, True, 128, "bfloat16"),
+    (8192, 28672, 4, 128, True, 16, "bfloat16"),
+    (4096, 4096, 4, None, True, 1, "bfloat16"),
+    (4096, 4096, 4, 64, False, 128, "bfloat16"),
+    (4096, 4096, 4, 32, False, 16, "bfloat16"),
+    (4096, 4096, 3, 128, True, 1, "bfloat16"),
+    (4096, 4096, 8, 128, True, 1, "bfloat16"),
+    (4096, 4096, 8, 32, False, 128, "bfloat16"),
+    (4096, 4096, 8, 128, False, 8, "float16"),
+]
+
+
+def tool(name: str) -> str | None:
+    bundled = Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "bin" / name
+    return shutil.which(name) or (str(bundled) if bundled.exists() else None)
+
+
+def loop_of(ptx: Path) -> collections.Counter | None:
+    """Instructions of the shortest loop with a product in it, which is the one over blocks."""
+    if not (tool("ptxas") and tool("nvdisasm")):
+        return None
+    cubin = ptx.with_suffix(".cubin")
+    subprocess.run([tool("ptxas"), "-arch=sm_90a", ptx, "-o", cubin], check=True)
+    text = subprocess.run([tool("nvdisasm"), "-c", cubin], check=True, capture_output=True, text=True).stdout
+    found, labels, loops = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(found)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(.*)", line):
+            found.append(instruction[1])
+            target = re.search(r"`\((\.L_\w+)\)", instruction[2])
+            if instruction[1] == "BRA" and target and target[1] in labels:
+                loops.append(found[labels[target[1]] :])
+    return collections.Counter(min((loop for loop in loops if "HGMMA" in loop), key=len))
+
+
+def compiled(product: tuple, device: jax.Device) -> dict:
+    inputs, outputs, bits, group_size, symmetric, rows, dtype = product
+    grid = jgptq.Grid(bits=bits, group_size=group_size, symmetric=symmetric)
+    shapes = jax.eval_shape(
+        lambda: jgptq.prepack(random_packed.weight(jax.random.key(0), inputs, outputs, grid=grid, dtype=dtype))
+    )
+    there = jax.sharding.SingleDeviceSharding(device)
+    x, weight = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there),
+        (jax.ShapeDtypeStruct((rows, inputs), dtype), shapes),
+    )
+    for old in Path(DUMP).iterdir():
+        old.unlink()
+    abstract = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=abstract)):
+        program = jax.jit(jgptq.matmul).lower(x, weight).compile()
+    (report,), (ptx,) = (list(Path(DUMP).glob(f"*.{kind}")) for kind in ("ptxas", "ptx"))
+    numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", report.read_text())
+    plan, loop = Plan.of(rows, weight), loop_of(ptx)
+    row = {
+        "product": product,
+        "plan": vars(plan),
+        "stack_spill_stores_spill_loads": [int(number) for number in numbers.groups()],
+        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+        "allowed_bytes": 2 * plan.tokens * (4 * plan.split * weight.outputs + 2 * 128 * weight.blocks) + 2**16,
+    }
+    if loop is not None:
+        # 128 threads decode a block of 128 inputs, so each decodes as many weights as there are outputs.
+        row |= {"instructions_a_weight": round(loop.total() / plan.outputs, 2), "loop": dict(loop.most_common(10))}
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "sass-h200.json")
+    options = parser.parse_args()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
+    rows = []
+    for product in PRODUCTS:
+        rows.append(compiled(product, topology.devices[0]))
+        print(rows[-1], flush=True)
+    result = {
+        "command": "python benchmarks/sass.py",
+        "target": "NVIDIA H200 (sm_90a), compiled without a GPU",
+        "versions": {"jax": jax.__version__, "jgptq": jgptq.__version__},
+        "products": rows,
+    }
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    shutil.rmtree(DUMP)
+    bad = [
+        row["product"]
+        for row in rows
+        if any(row["stack_spill_stores_spill_loads"]) or row["temporary_bytes"] > row["allowed_bytes"]
+    ]
+    if bad:
+        raise SystemExit(f"these spill registers, have a stack frame or take too much memory: {bad}")
+
+
+if __name__ == "__main__":
+    main()
