@@ -70,7 +70,9 @@ def matmul(
     if weight.permutation is not None:
         x = jnp.take(x, weight.permutation, axis=-1)
     rows = x.shape[0]
-    chunks = [_chunk(x[start : start + MAX_TOKENS], weight, operations) for start in range(0, rows, MAX_TOKENS)]
+    # With 8 bits and several groups a block, the sums of 128 tokens spill from the registers (benchmarks/sass.py).
+    most = MAX_TOKENS // 2 if weight.stored_bits == 8 and weight.slots < BLOCK else MAX_TOKENS
+    chunks = [_chunk(x[start : start + most], weight, operations) for start in range(0, rows, most)]
     product = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks)
     return product.astype(result_dtype).reshape(*lead, weight.out_features)
 
