@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.checkpoints import gguf_blocks, gguf_config, gguf_file, gguf_tokenizer
+from jgptq.checkpoints import gguf_blocks, gguf_config, gguf_file, gguf_rope, gguf_tokenizer
 from jgptq.models import LanguageModel
 from jgptq.models.language_model import ParameterPath
 from jgptq.tensor import Layout, QuantizedTensor
@@ -212,7 +212,7 @@ def _warn(file: gguf_file.GGUFFile, plans: Mapping[ParameterPath, _Plan]) -> Non
             f"{file.path}: these tensors are read as floats, since a QuantizedTensor cannot hold them: {counts}",
             stacklevel=4,
         )
-    used = {plan.name for plan in plans.values()} | set(gguf_config.EXTRA_TENSORS)
+    used = {plan.name for plan in plans.values()} | set(gguf_rope.TENSORS)
     unused = [name for name in sorted(file.tensors) if name not in used]
     if unused:
         more = ", …" if len(unused) > 8 else ""

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 
 from jgptq import grid, tensor
 from jgptq.checkpoints import gguf as gguf_format
-from jgptq.checkpoints import gguf_config, gguf_file, read_tokenizer
+from jgptq.checkpoints import gguf_file, read_tokenizer
 from jgptq.checkpoints import load as load_directory
+from jgptq.checkpoints.gguf_dialects import DIALECTS
 from jgptq.models import MODELS, language_model
 from jgptq.tensor import QuantizedTensor
 
@@ -98,7 +99,7 @@ def test_transformers_loads_the_same_model(name, tmp_path, without_accelerate):
             values = np.asarray(tensor.dequantize(leaf) if isinstance(leaf, QuantizedTensor) else leaf)
             np.testing.assert_array_equal(weights[stored].numpy(), values.T if transposed else values)
     if config is None:
-        for field in gguf_config.DIALECTS[model.architecture.model_type].keys:
+        for field in DIALECTS[model.architecture.model_type].keys:
             read = getattr(theirs.config, field, None)
             assert read is None or read == pytest.approx(getattr(model.config, field), rel=1e-6)
         if hasattr(model.config, "rope") and name != "gemma3_text":  # which has a rope for each kind of layer
@@ -307,7 +308,7 @@ def test_config_that_gguf_cannot_say_is_refused_by_name(name, changes, message, 
 
 
 def test_model_types_without_an_architecture_are_refused_by_name(tmp_path):
-    assert set(MODELS) - set(gguf_config.DIALECTS) == {"opt", "gpt_neo"}
+    assert set(MODELS) - set(DIALECTS) == {"opt", "gpt_neo"}
     model = language_model(
         {"model_type": "opt", "vocab_size": 32, "hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1}
         | {"num_attention_heads": 2}
@@ -398,6 +399,14 @@ def small(tmp_path_factory):
         ({"llama.attention.head_count": 90, "llama.attention.key_length": 90}, "wider than any tensor"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "a finite float32"),
         ({"llama.rope.scaling.type": "su", "llama.rope.scaling.factor": 2.0}, "rope.scaling.type is 'su'"),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 2.0,
+                "llama.rope.scaling.attn_factor": 2.0,
+            },
+            r"is 'yarn' with \['rope.scaling.attn_factor'\]",
+        ),
         ({"llama.rope.dimension_count": 17}, "rope.dimension_count is 17"),
         ({"llama.rope.dimension_count": 8}, "partial_rotary_factor"),
         ({"llama.context_length": 2.5}, "max_position_embeddings=2.5"),

@@ -88,7 +88,7 @@ def test_a_tensor_that_never_came_is_an_error(tmp_path):
         write_file(tmp_path / "x", {}, SPECS, [("wide", TENSORS["wide"])])
 
 
-@pytest.mark.parametrize("name", ["gguf", "gguf_file", "gguf_blocks", "gguf_config", "gguf_tokenizer"])
+@pytest.mark.parametrize("name", ["gguf", "gguf_file", "gguf_blocks", "gguf_config", "gguf_rope", "gguf_tokenizer"])
 def test_the_gguf_package_is_imported_when_it_is_needed(name):
     tree = ast.parse((Path(gguf_file.__file__).parent / f"{name}.py").read_text())
     assert all("gguf" not in [alias.name for alias in node.names] for node in tree.body if isinstance(node, ast.Import))
