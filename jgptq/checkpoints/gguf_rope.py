@@ -16,6 +16,7 @@ FREQUENCIES = "rope_freqs.weight"
 FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 TENSORS = (FREQUENCIES, *FACTORS.values())
 LLAMA3_CONTEXT = 8192
+NO_FACTOR = (None, 0.0, 1.0)
 # What yarn may have besides, and the value that changes nothing.
 YARN_EXTRAS = {
     "rope.scaling.attn_factor": 1.0,
@@ -74,6 +75,8 @@ def read(said: Said, config: Mapping[str, Any]) -> dict[str, Any]:
     for name, factors in said.factors.items():
         if len(factors) != turning // 2 or not np.all(np.isfinite(factors) & (factors > 0)):
             raise ValueError(f"{name} has no {turning // 2} positive numbers, one for each pair that turns")
+    if said.factors and said.get("rope.scaling.factor") not in NO_FACTOR:
+        raise ValueError(f"it has both {', '.join(said.factors)} and {said.name}.rope.scaling.factor; this is not read")
     theta, original = said.get("rope.freq_base", 10000.0), said.get("rope.scaling.original_context_length")
     parameters: dict[str, Any] = {"rope_theta": theta}
     if FREQUENCIES in said.factors:
@@ -89,7 +92,7 @@ def read(said: Said, config: Mapping[str, Any]) -> dict[str, Any]:
 def _scaling(said: Said, original: int | None) -> dict[str, Any]:
     """What keys alone say: llama.cpp takes a factor without a type for a linear one."""
     kind, factor = said.get("rope.scaling.type", "linear"), said.get("rope.scaling.factor")
-    if kind == "none" or (kind in ("linear", "yarn") and factor in (None, 0.0, 1.0)):
+    if kind == "none" or (kind in ("linear", "yarn") and factor in NO_FACTOR):
         return {}
     if kind == "linear":
         return {"rope_type": kind, "factor": factor}

@@ -347,6 +347,10 @@ def test_frequency_factors_of_no_known_rule_are_kept(tmp_path):
     specs = {name: gguf_file.Spec(shape=stored.shape, kind=stored.kind) for name, stored in original.tensors.items()}
     gguf_file.write_file(tmp_path / "other.gguf", original.metadata, specs, arrays.items())
     rope = load(tmp_path / "other.gguf", lazy=True)[0].config.rope
+    changed = {**original.metadata, "llama.rope.scaling.factor": 2.0}
+    gguf_file.write_file(tmp_path / "both.gguf", changed, specs, arrays.items())
+    with pytest.raises(ValueError, match=r"both rope_freqs.weight and llama.rope.scaling.factor"):
+        load(tmp_path / "both.gguf")
     assert rope.short_factor == rope.long_factor == (1, 1.5, 1, 2, 1, 3, 1, 4)
     assert (rope.rope_type, rope.attention_factor) == ("longrope", 1.0)
 
