@@ -187,19 +187,12 @@ def _plans(file: gguf_file.GGUFFile, model: LanguageModel) -> dict[ParameterPath
             problems.append(f"{plan.name or _dotted(plan.path)} is missing")
         elif stored.shape != plan.stored_shape:
             problems.append(f"{plan.name} has shape {list(stored.shape)}, not {list(plan.stored_shape)}")
-        elif stored.kind not in _readable():
+        elif not gguf_file.readable(stored.kind):
             problems.append(f"{plan.name} is of type {stored.kind}, which cannot be read")
         plans[plan.path] = dataclasses.replace(plan, stored=stored)
     if problems:
         raise ValueError(f"it does not fit its own metadata: {'; '.join(problems)}")
     return plans
-
-
-def _readable() -> tuple[str, ...]:
-    import gguf
-
-    coded = (kind.name for kind in gguf.quants._type_traits)
-    return (*gguf_file.PLAIN, *coded)
 
 
 def _warn(file: gguf_file.GGUFFile, plans: Mapping[ParameterPath, _Plan]) -> None:

@@ -213,7 +213,15 @@ def test_other_types_are_read_as_floats_and_named(tmp_path):
     np.testing.assert_array_equal(queries[[0, 8, 1, 9]], expected["blk.1.attn_q.weight"][:4])
 
 
-@pytest.mark.parametrize("kind", [kind.name for kind in gguf.quants._type_traits])
+CODED = [name for name, *_ in gguf_file.kinds().values() if name not in gguf_file.PLAIN and gguf_file.readable(name)]
+
+
+def test_llama_cpps_usual_types_are_read():
+    assert {"Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4"} <= set(CODED)
+    assert not {"I8", "I32"} & set(CODED)
+
+
+@pytest.mark.parametrize("kind", CODED)
 def test_every_type_of_ggml_is_read_by_rows(kind, tmp_path):
     number = gguf.GGMLQuantizationType[kind]
     block, block_bytes = gguf.GGML_QUANT_SIZES[number]
@@ -223,6 +231,21 @@ def test_every_type_of_ggml_is_read_by_rows(kind, tmp_path):
     stored = gguf_file.read_file(tmp_path / "t.gguf").tensors["t"]
     expected = gguf.quants.dequantize(raw, number)
     np.testing.assert_array_equal(stored.read(1, 3).astype(np.float32), expected[1:])
+
+
+def test_blocks_are_decoded_a_run_of_rows_at_a_time(tmp_path):
+    raw = np.random.default_rng(0).integers(0, 64, (4096, 2048 // 32 * 34), dtype=np.uint8)
+    specs = {"t": gguf_file.Spec(shape=(4096, 2048), kind="Q8_0")}
+    gguf_file.write_file(tmp_path / "t.gguf", {}, specs, [("t", raw)])
+    stored = gguf_file.read_file(tmp_path / "t.gguf").tensors["t"]
+    leaf = gguf_format.LazyParameter(stored=stored, dtype=np.dtype(np.float16), transposed=True, order=None, offset=0.0)
+    tracemalloc.start()
+    values = leaf[...]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # All at once would be 4 times the result: the numbers in float32, twice.
+    assert peak < 2.5 * values.nbytes
+    np.testing.assert_array_equal(leaf[...][:, 7], stored.read(7, 8)[0].astype(np.float16))
 
 
 def test_a_foreign_minimum_is_kept_as_a_float_zero(tmp_path):
