@@ -1,10 +1,18 @@
 """What every test runs under. Warnings are errors by pyproject.toml."""
 
-import jax
+import os
+
 import pytest
+
+# Compiling takes most of the time of most tests: XLA's older emitters of CPU code need half of it.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
+import jax
 
 # A (n, n) / (n,) that broadcasts along the wrong axis is a silent bug: no test lets it pass.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Optimized code would be faster, but not by what it takes to compile.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
