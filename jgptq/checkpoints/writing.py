@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.checkpoints import gguf, gguf_tokenizer, huggingface, orbax, tensor_file
+from jgptq.checkpoints import gguf, gguf_file, gguf_tokenizer, huggingface, orbax, tensor_file
 from jgptq.checkpoints.formats import FORMATS, PACKINGS
 from jgptq.checkpoints.layout import ExpectedTensor, Format
 from jgptq.models import LanguageModel
@@ -324,12 +324,23 @@ def _copy_tokenizer(source: str | Path | None, directory: Path) -> None:
     if source is None:
         return
     if Path(source).is_file():
-        with contextlib.suppress(ValueError):
-            gguf_tokenizer.read_tokenizer(source).save(str(directory / "tokenizer.json"))
+        _write_tokenizer(Path(source), directory)
         return
     for name in COPIED:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, directory / name)
+
+
+def _write_tokenizer(source: Path, directory: Path) -> None:
+    """The tokenizer and the chat template of a GGUF file; a UserWarning for a tokenizer that is not understood."""
+    metadata = gguf_file.read_file(source).metadata
+    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    try:
+        gguf_tokenizer.read_tokenizer(source).save(str(directory / "tokenizer.json"))
+    except ValueError as error:
+        if metadata.get("tokenizer.ggml.model", "none") != "none":
+            warnings.warn(f"no tokenizer is written: {error}", stacklevel=4)
 
 
 def _sync(path: Path) -> None:

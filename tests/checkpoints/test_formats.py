@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models
 
 import jgptq
 from jgptq import packing, tensor
@@ -639,3 +640,26 @@ def test_experts_may_have_all_zeros_alike(tmp_path):
     params = jax.tree.map(leaf, model.parameter_shapes)
     jgptq.save(tmp_path / "out", model, params, format="awq")
     assert_identical(jgptq.load(tmp_path / "out")[1], params)
+
+
+def test_a_chat_template_comes_back_from_a_gguf(model, tmp_path):
+    params, _ = packed_params(model, symmetric=True)
+    jgptq.save(tmp_path / "first", model, params, extra_files={"chat_template.jinja": "{{ messages[0].content }}\n"})
+    first, read = jgptq.load(tmp_path / "first")
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "first" / "tokenizer.json"))
+    with pytest.warns(UserWarning, match=r"no tokenizer that llama.cpp reads"):
+        jgptq.save(tmp_path / "out.gguf", first, read, format="gguf")
+    again, read = jgptq.load(tmp_path / "out.gguf")
+    jgptq.save(tmp_path / "second", again, read)
+    for name in ("chat_template.jinja", "tokenizer.json"):
+        assert (tmp_path / "second" / name).is_file()
+    assert (tmp_path / "second" / "chat_template.jinja").read_text() == "{{ messages[0].content }}\n"
+    with open(tmp_path / "out.gguf", "rb+") as file:
+        content = file.read().replace(
+            b"tokenizer.ggml.model\x08\0\0\0\x04\0\0\0\0\0\0\0none",
+            b"tokenizer.ggml.model\x08\0\0\0\x04\0\0\0\0\0\0\0else",
+        )
+        file.seek(0)
+        file.write(content.replace(b"tokenizer.huggingface.json", b"tokenizer.huggingface.jsom"))
+    with pytest.warns(UserWarning, match=r"no tokenizer is written: .*its tokenizer is 'else'"):
+        jgptq.save(tmp_path / "third", again, read)
