@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import fnmatch
 import json
 import math
 import os
@@ -42,6 +43,8 @@ MEMORY = "try a smaller --seq-len, or with quantize --offload host, which goes o
 
 TEXTS = "UTF-8 text, .jsonl with a text or messages a line, or such a file of a dataset, hf://datasets/owner/name/file"
 CHAT_TEMPLATE = "put conversations, and texts as the user's message, into the model's own chat template"
+
+LEFT_IN_FLOAT = ("lm_head.kernel", "embed_out.kernel", "*.gate.kernel")
 
 EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
@@ -126,7 +129,8 @@ def _parser() -> _Parser:
         nargs=3,
         metavar=("PATTERN", "BITS", "N"),
         help="other bits and group size for weights whose path fits a pattern such as '*.down_proj.*'; "
-        "may be repeated, with --skip between: the first pattern that fits decides",
+        "may be repeated, with --skip between: the first pattern that fits decides. Without one for them, the output "
+        "head and routers of experts stay in float",
     )
     sub.add_argument(
         "--skip", dest="rules", action="append", nargs=1, metavar="PATTERN", help="leave such weights in float"
@@ -215,6 +219,7 @@ def _quantize(options: argparse.Namespace) -> None:
     rules = [_rule(rule, options.symmetric) for rule in options.rules or ()]
     _check_bits(options.format, [grid, *(other.grid for _, other in rules if other is not None)])
     model, params = load(options.model, lazy=True)
+    rules += _left_in_float(model)
     tokenizer = calibration.load_tokenizer(model.source)
     texts = documents.locate(options.calibration)
     window = {
@@ -244,7 +249,11 @@ def _quantize(options: argparse.Namespace) -> None:
             )
             title = f"{Path(options.model).name}, quantized"
             files = {REPORT_FILE: report_json(report), REPORT_PAGE: report_html(report, title=title)}
-            save(options.out, model, packed, format=options.format, extra_files=files)
+            try:
+                save(options.out, model, packed, format=options.format, extra_files=files)
+            except ValueError as error:
+                kept = "all weights are finished and kept; the same command with another --format writes them"
+                raise ValueError(f"{error}; {kept}") from error
             finished.remove()
     _console().print(report_table(report))
     print(f"{options.out}: {nbytes(params):,} bytes -> {nbytes(packed):,} bytes")
@@ -314,12 +323,22 @@ def _spare_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
         libc.mallopt(M_ARENA_MAX, 1)
+    if hasattr(libc, "malloc_trim"):
+        # What a compilation took is in pieces all over the heap, none of which glibc gives back by itself.
+        jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: libc.malloc_trim(0))
 
 
 def _grid(bits: int, group_size: int, symmetric: bool, where: str) -> Grid:
     if group_size != -1 and group_size < 1:
         raise ValueError(f"{where} {group_size}; give a positive number, or -1 for all inputs")
     return Grid(bits=bits, group_size=None if group_size == -1 else group_size, symmetric=symmetric)
+
+
+def _left_in_float(model: Any) -> list[Rule]:
+    """Rules for what checkpoints are expected to have in float: head and routers, for which few readers look packed."""
+    leaves = jax.tree_util.tree_leaves_with_path(model.parameter_shapes)
+    paths = [".".join(str(key.key) for key in keys) for keys, _ in leaves]
+    return [(pattern, None) for pattern in LEFT_IN_FLOAT if fnmatch.filter(paths, pattern)]
 
 
 def _check_bits(format: str, grids: Sequence[Grid]) -> None:
@@ -468,6 +487,7 @@ def _convert(options: argparse.Namespace) -> None:
     if options.out.exists():
         raise FileExistsError(f"{options.out} exists; choose a new name, or remove it first")
     _check_writable(options.out)
+    remove_partial(options.out)
     model, params = load(options.model, lazy=True)
     with Console(stderr=True).status(f"writing {options.out}"):
         save(options.out, model, params, format=options.format)

@@ -1,6 +1,8 @@
 """What every test runs under. Warnings are errors by pyproject.toml."""
 
+import gc
 import os
+import sys
 
 import pytest
 
@@ -21,3 +23,11 @@ def without_type_checker(monkeypatch):
     import jaxtyping
 
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def orbax_leavings(monkeypatch):
+    """What Orbax leaves behind when it fails, tasks of an event loop that is closed, is collected here in silence."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    yield
+    gc.collect()

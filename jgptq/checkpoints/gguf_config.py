@@ -190,7 +190,8 @@ def _check_sizes(file: GGUFFile, fields: Mapping[str, Any]) -> None:
         value = fields[field]
         if key == "block_count" and type(value) is int and value > len(blocks):
             raise ValueError(f"{key} is {value}, but it has tensors of {len(blocks)} blocks")
-        if field not in LENGTHS and type(value) is int and value > widest:
+        unused = key == "feed_forward_length" and "moe_intermediate_size" in fields
+        if field not in LENGTHS and not unused and type(value) is int and value > widest:
             raise ValueError(f"{key} is {value}, but no tensor is wider than {widest}")
     heads, head_dim = fields.get("num_attention_heads"), fields.get("head_dim")
     if type(heads) is int and type(head_dim) is int and heads * head_dim > widest:

@@ -1,7 +1,6 @@
 """AWQ, compressed-tensors and Orbax: known words, whole checkpoints there and back, and what each refuses."""
 
 import dataclasses
-import gc
 import json
 import re
 import shutil
@@ -504,15 +503,13 @@ DAMAGED_ORBAX = [
 ]
 
 
-# TensorStore's callbacks find Orbax's event loop closed after a failure.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("orbax_leavings")
 @pytest.mark.parametrize(("damage", "message"), DAMAGED_ORBAX)
 def test_a_damaged_orbax_directory_is_refused(damage, message, saved, tmp_path):
     shutil.copytree(saved / "orbax", tmp_path / "out")
     damage(tmp_path / "out")
     with pytest.raises(ValueError, match=message):
         jgptq.load(tmp_path / "out")
-    gc.collect()  # reports them here, and not in another test
 
 
 def test_orbax_itself_saves_and_restores_packed_pytrees(tmp_path):
