@@ -118,6 +118,8 @@ def gptq_windows(source: Source, tokenizer: Tokenizer, *, seq_len: int) -> Int[n
     test split of WikiText-2, its rows joined by blank lines (a text file is taken as it stands, the texts of a JSONL
     file or of a list are joined so). [Frantar et al. 2023, and their code: datautils.py and llama.py]
     """
+    if seq_len < 2:
+        raise ValueError(f"seq_len={seq_len}; give an integer of at least 2")
     text = read_text(source) if isinstance(source, str | Path) else join_texts(source)
     ids = np.asarray(tokenizer.encode(text).ids, np.int32)
     count = len(ids) // seq_len

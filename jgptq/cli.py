@@ -65,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _show_warning
             options.command(options)
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         print(f"jgptq: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -174,7 +178,9 @@ def _parser() -> _Parser:
     sub.add_argument(
         "--chat", action="store_true", help="take the prompt as a user's message and print the model's answer alone"
     )
-    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    sub.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="default: 64, or what the model's context has room for"
+    )
     sub.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     sub.add_argument("--top-k", type=int, metavar="K")
     sub.add_argument("--top-p", type=float, metavar="P")
@@ -345,7 +351,8 @@ def _check_bits(format: str, grids: Sequence[Grid]) -> None:
     """Refuses before hours of work what the format could not hold after them."""
     allowed = PACKINGS[format].bits
     if wrong := {grid.bits for grid in grids} - set(allowed):
-        raise ValueError(f"--format {format} holds weights of {allowed} bits, not of {sorted(wrong)}; choose another")
+        held, asked = (", ".join(map(str, sorted(bits))) for bits in (allowed, wrong))
+        raise ValueError(f"--format {format} holds weights of {held} bits, not of {asked}; choose another")
 
 
 def _rule(arguments: Sequence[str], symmetric: bool) -> Rule:
@@ -399,12 +406,14 @@ def _eval(options: argparse.Namespace) -> None:
                 "tokens": count_scored(model, tokens, **settings),
                 "perplexity": perplexity(model, params, tokens, **settings, progress=advance),
             }
-    if math.isnan(result["perplexity"]):
-        raise ValueError(f"the logits of {options.model} are NaN on this text; check its weights for NaN or infinity")
+    for name, given in (("perplexity", options.model), ("reference_perplexity", options.against)):
+        if math.isnan(result.get(name, 0.0)):
+            raise ValueError(f"the logits of {given} are NaN on this text; check its weights for NaN or infinity")
     asked = {name: getattr(options, name) for name in ("model", "against", "text", "protocol", "chat_template")}
     result = asked | {"text_tokens": tokens.size} | settings | result | _versions()
     if options.json:
-        print(json.dumps(result, indent=1))
+        finite = {name: "inf" if value == math.inf else value for name, value in result.items()}  # JSON has no infinity
+        print(json.dumps(finite, indent=1, allow_nan=False))
     else:
         for name, value in result.items():
             if value is not None and value is not False:
@@ -445,11 +454,12 @@ def _versions() -> dict[str, str]:
 def _generate(options: argparse.Namespace) -> None:
     model, params = load(options.model)
     tokenizer = calibration.load_tokenizer(model.source)
-    text = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    text = _prompt(options.prompt)
     if options.chat:
         message = {"role": "user", "content": text}
         text = load_chat_template(model.source).render([message], add_generation_prompt=True)
     prompt = tokenizer.encode(text, add_special_tokens=not options.chat).ids
+    room = max(model.config.max_position_embeddings - len(prompt), 1)
     stream = TextStream(tokenizer, prompt)
     if options.chat:
         stream.rest()  # the prompt is not printed
@@ -457,7 +467,7 @@ def _generate(options: argparse.Namespace) -> None:
         model,
         params,
         prompt,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=min(64, room) if options.max_new_tokens is None else options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -466,6 +476,15 @@ def _generate(options: argparse.Namespace) -> None:
         on_token=lambda tokens: print(stream.add(int(tokens[0])), end="", flush=True),
     )
     print(stream.rest())
+
+
+def _prompt(given: str) -> str:
+    try:
+        text = sys.stdin.read().removesuffix("\n") if given == "-" else given
+        text.encode()  # bytes of a command line that are no UTF-8 are halves of surrogate pairs here
+    except UnicodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 text ({error}); convert it, with iconv for example") from error
+    return text
 
 
 def _stop_tokens(model: Any) -> tuple[int, ...]:
