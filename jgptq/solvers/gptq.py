@@ -30,8 +30,8 @@ ACT_ORDERS = (False, True, "static", "group")
 
 # Inputs that go one by one before a matrix product takes over; 8 to 32 time alike on a CPU.
 STRIP = 16
-# Outputs solved at once on a CPU, at most: more take memory and little less time. Elsewhere all are, since inputs go one
-# after another, and it is outputs that fill a GPU.
+# Outputs solved at once on a CPU, at most: more take memory and little less time. Elsewhere all are: inputs go one by
+# one, and it is outputs that fill a GPU.
 TILE = 512
 # Earlier inputs in one product of the outermost sum: long enough to run at full speed.
 CHUNK = 512
