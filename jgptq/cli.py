@@ -42,6 +42,7 @@ REPORT_PAGE = "quantization_report.html"
 MEMORY = "try a smaller --seq-len, or with quantize --offload host, which goes on from the finished weights"
 
 TEXTS = "UTF-8 text, .jsonl with a text or messages a line, or such a file of a dataset, hf://datasets/owner/name/file"
+MODEL = "model directory, GGUF file or hub id, float or packed"
 CHAT_TEMPLATE = "put conversations, and texts as the user's message, into the model's own chat template"
 
 LEFT_IN_FLOAT = ("lm_head.kernel", "embed_out.kernel", "*.gate.kernel")
@@ -114,13 +115,23 @@ def _parser() -> _Parser:
         action="store_false",
         help="draw each window from a single document, leaving out those too short, rather than from all joined",
     )
-    sub.add_argument("--bits", type=int, default=4, choices=BITS)
+    sub.add_argument("--bits", type=int, default=4, choices=BITS, help="bits a weight (default 4)")
     sub.add_argument(
         "--group-size", type=int, default=128, metavar="N", help="inputs that share a scale; -1: all (default 128)"
     )
     sub.add_argument("--symmetric", action="store_true", help="fix the zero at mid-range rather than fit it")
-    sub.add_argument("--method", default="gptq", choices=tuple(METHODS))
-    sub.add_argument("--format", default="gptq", choices=tuple(PACKINGS), help="layout of the packed files")
+    sub.add_argument(
+        "--method",
+        default="gptq",
+        choices=tuple(METHODS),
+        help="gptq (default); rtn: round to nearest; obq: exact and slow, for a few hundred inputs",
+    )
+    sub.add_argument(
+        "--format",
+        default="gptq",
+        choices=tuple(PACKINGS),
+        help="layout of the packed files (default gptq); convert knows gguf and orbax too",
+    )
     sub.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default 128)")
     sub.add_argument(
         "--seq-len", type=int, metavar="N", help="tokens in a window (default: the model's context, at most 2048)"
@@ -149,7 +160,7 @@ def _parser() -> _Parser:
         "Perplexity on a text; with --against, KL and agreement with that model too.",
         "jgptq eval out --text held_out.txt --against Llama-3.2-1B",
     )
-    sub.add_argument("model", help="model directory, float or packed")
+    sub.add_argument("model", help=MODEL)
     sub.add_argument("--text", required=True, metavar="FILE", help=f"what to evaluate on: {TEXTS}")
     sub.add_argument("--chat-template", action="store_true", help=CHAT_TEMPLATE)
     sub.add_argument("--against", metavar="MODEL", help="the float model to compare with")
@@ -173,7 +184,7 @@ def _parser() -> _Parser:
         "Complete a prompt, printing text as it comes.",
         'jgptq generate out --prompt "Once upon a time" --max-new-tokens 64',
     )
-    sub.add_argument("model", help="model directory, float or packed")
+    sub.add_argument("model", help=MODEL)
     sub.add_argument("--prompt", required=True, metavar="TEXT", help="the text to complete; -: standard input")
     sub.add_argument(
         "--chat", action="store_true", help="take the prompt as a user's message and print the model's answer alone"
@@ -192,7 +203,7 @@ def _parser() -> _Parser:
         "Write a model, float or packed, in another checkpoint format; what would change a weight is refused, or told.",
         "jgptq convert out out.gguf --format gguf",
     )
-    sub.add_argument("model", help="model directory, GGUF file or hub id")
+    sub.add_argument("model", help=MODEL)
     sub.add_argument("out", type=Path, help="directory, or file for gguf, to make; must not exist")
     sub.add_argument("--format", required=True, choices=FORMATS)
 
@@ -202,7 +213,7 @@ def _parser() -> _Parser:
         "A table of a model's weights: shape, bits, group, bytes and, if jgptq made it, error.",
         "jgptq inspect out",
     )
-    sub.add_argument("model", help="model directory, float or packed")
+    sub.add_argument("model", help=MODEL)
     return parser
 
 
@@ -510,7 +521,8 @@ def _convert(options: argparse.Namespace) -> None:
     model, params = load(options.model, lazy=True)
     with Console(stderr=True).status(f"writing {options.out}"):
         save(options.out, model, params, format=options.format)
-    print(f"{options.out}: {options.format}, {nbytes(params):,} bytes of weights")
+    sizes = [file.stat().st_size for file in (options.out, *options.out.rglob("*")) if file.is_file()]
+    print(f"{options.out}: {options.format}, {sum(sizes):,} bytes on disk")
 
 
 def _inspect(options: argparse.Namespace) -> None:

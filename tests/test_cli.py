@@ -112,7 +112,8 @@ def test_inspect_shows_every_weight_with_bits_bytes_and_error(packed, capsys):
 
 def test_convert_and_back_gives_the_same_file(home, packed, capsys):
     assert cli.main(["convert", str(packed), str(home / "other"), "--format", "orbax"]) == 0
-    assert "other: orbax, " in capsys.readouterr().out
+    size = sum(file.stat().st_size for file in (home / "other").rglob("*") if file.is_file())
+    assert f"other: orbax, {size:,} bytes on disk" in capsys.readouterr().out
     assert cli.main(["convert", str(home / "other"), str(home / "again"), "--format", "gptq"]) == 0
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (home / "again" / file).read_bytes() == (packed / file).read_bytes()
