@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 FLAX_VENV := .venv-flax
 CLIENTS_VENV := .venv-clients
+PACKAGES := "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 .PHONY: demo test lint bench clean
 
@@ -11,7 +12,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/jgptq demo
 
 # Installs the test dependencies and runs every test. transformers 5 has no Flax classes, so the tests on those have
-# an environment of their own; the libraries that read our checkpoints pin many of their dependencies, and have another.
+# an environment of their own; the libraries that read our checkpoints want versions of their own, and have another.
 test: $(VENV)/installed-test $(FLAX_VENV)/installed $(CLIENTS_VENV)/installed lint
 	$(FLAX_VENV)/bin/python -m pytest -q tests/flax_ports
 	JGPTQ_CLIENTS=required $(CLIENTS_VENV)/bin/python -m pytest -q tests/clients
@@ -42,13 +43,16 @@ $(FLAX_VENV)/installed: pyproject.toml
 	$(FLAX_VENV)/bin/python -m pip install --quiet -e .[flax-ports]
 	touch $@
 
-# gptqmodel asks for a newer PyTorch and for much that only its other backends import. Nothing is compiled to bytecode
-# ahead: most of it is never imported.
-$(CLIENTS_VENV)/installed: pyproject.toml
+# It sees the packages of the tests' environment, and has of its own what that lacks: installing PyTorch and JAX again
+# would take a minute more. Half of the rest is built from source, which an environment for each build would double.
+# gptqmodel asks for a newer PyTorch and for much that only its other backends import.
+$(CLIENTS_VENV)/installed: $(VENV)/installed-test
 	$(PYTHON) -m venv $(CLIENTS_VENV)
-	$(CLIENTS_VENV)/bin/python -m pip install --quiet --no-compile torch==2.13.0
-	$(CLIENTS_VENV)/bin/python -m pip install --quiet --no-compile -e .[clients]
-	$(CLIENTS_VENV)/bin/python -m pip install --quiet --no-compile --no-deps gptqmodel==7.7.0
+	echo "import site; site.addsitedir('$$($(VENV)/bin/python -c $(PACKAGES))')" \
+		> $$($(CLIENTS_VENV)/bin/python -c $(PACKAGES))/tests_environment.pth
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet "setuptools>=77"
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --no-compile --no-build-isolation -e .[clients]
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --no-compile --no-build-isolation --no-deps gptqmodel==7.7.0
 	touch $@
 
 clean:

@@ -59,6 +59,8 @@ def encode(
     A text may hold several documents, separated by `<|endoftext|>`. Nothing to encode gives an empty stream.
     Raises ValueError for a conversation without a chat template, and for one that the template fails on.
     """
+    if isinstance(documents, str):
+        raise ValueError("documents is one text, whose characters would be taken for documents; give [text]")
     separator = _separator(tokenizer)
     stream = []
     for ids in _encoded(_texts(documents, chat_template), tokenizer):
@@ -118,6 +120,8 @@ def gptq_windows(source: Source, tokenizer: Tokenizer, *, seq_len: int) -> Int[n
     test split of WikiText-2, its rows joined by blank lines (a text file is taken as it stands, the texts of a JSONL
     file or of a list are joined so). [Frantar et al. 2023, and their code: datautils.py and llama.py]
     """
+    if seq_len < 2:
+        raise ValueError(f"seq_len={seq_len}; give an integer of at least 2")
     text = read_text(source) if isinstance(source, str | Path) else join_texts(source)
     ids = np.asarray(tokenizer.encode(text).ids, np.int32)
     count = len(ids) // seq_len
@@ -224,7 +228,7 @@ def _documents_or_ids(
         source = read_documents(source)
     if len(source) == 0:
         raise ValueError("the calibration source is empty; give a text file, a list of texts or token ids")
-    first = source[0]
+    first = None if isinstance(source, Mapping) else source[0]
     if isinstance(first, str) or (isinstance(first, list | tuple) and first and isinstance(first[0], Mapping)):
         if tokenizer is None:
             raise ValueError("text needs a tokenizer; give one, from load_tokenizer(directory), or token ids")
@@ -236,7 +240,8 @@ def _checked_ids(source: Sequence[int] | np.ndarray | Array, tokenizer: Tokenize
     stream = np.asarray(source)
     if stream.ndim != 1 or not np.issubdtype(stream.dtype, np.integer):
         raise ValueError(
-            f"token ids are {stream.dtype}{list(stream.shape)}; give integers in one stream, windows are cut from it"
+            f"token ids are {stream.dtype}{list(stream.shape)}; give integers in one stream, windows are cut from it, "
+            "or a list of texts and of conversations, which are lists of messages"
         )
     if stream.min() < 0 or (tokenizer is not None and stream.max() >= tokenizer.get_vocab_size()):
         limit = "" if tokenizer is None else f" and below the vocabulary size, {tokenizer.get_vocab_size()}"

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import fnmatch
 import json
 import math
 import os
@@ -41,7 +42,10 @@ REPORT_PAGE = "quantization_report.html"
 MEMORY = "try a smaller --seq-len, or with quantize --offload host, which goes on from the finished weights"
 
 TEXTS = "UTF-8 text, .jsonl with a text or messages a line, or such a file of a dataset, hf://datasets/owner/name/file"
+MODEL = "model directory, GGUF file or hub id, float or packed"
 CHAT_TEMPLATE = "put conversations, and texts as the user's message, into the model's own chat template"
+
+LEFT_IN_FLOAT = ("lm_head.kernel", "embed_out.kernel", "*.gate.kernel")
 
 EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
@@ -62,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _show_warning
             options.command(options)
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         print(f"jgptq: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -107,13 +115,23 @@ def _parser() -> _Parser:
         action="store_false",
         help="draw each window from a single document, leaving out those too short, rather than from all joined",
     )
-    sub.add_argument("--bits", type=int, default=4, choices=BITS)
+    sub.add_argument("--bits", type=int, default=4, choices=BITS, help="bits a weight (default 4)")
     sub.add_argument(
         "--group-size", type=int, default=128, metavar="N", help="inputs that share a scale; -1: all (default 128)"
     )
     sub.add_argument("--symmetric", action="store_true", help="fix the zero at mid-range rather than fit it")
-    sub.add_argument("--method", default="gptq", choices=tuple(METHODS))
-    sub.add_argument("--format", default="gptq", choices=tuple(PACKINGS), help="layout of the packed files")
+    sub.add_argument(
+        "--method",
+        default="gptq",
+        choices=tuple(METHODS),
+        help="gptq (default); rtn: round to nearest; obq: exact and slow, for a few hundred inputs",
+    )
+    sub.add_argument(
+        "--format",
+        default="gptq",
+        choices=tuple(PACKINGS),
+        help="layout of the packed files (default gptq); convert knows gguf and orbax too",
+    )
     sub.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (default 128)")
     sub.add_argument(
         "--seq-len", type=int, metavar="N", help="tokens in a window (default: the model's context, at most 2048)"
@@ -126,7 +144,8 @@ def _parser() -> _Parser:
         nargs=3,
         metavar=("PATTERN", "BITS", "N"),
         help="other bits and group size for weights whose path fits a pattern such as '*.down_proj.*'; "
-        "may be repeated, with --skip between: the first pattern that fits decides",
+        "may be repeated, with --skip between: the first pattern that fits decides. Without one for them, the output "
+        "head and routers of experts stay in float",
     )
     sub.add_argument(
         "--skip", dest="rules", action="append", nargs=1, metavar="PATTERN", help="leave such weights in float"
@@ -141,7 +160,7 @@ def _parser() -> _Parser:
         "Perplexity on a text; with --against, KL and agreement with that model too.",
         "jgptq eval out --text held_out.txt --against Llama-3.2-1B",
     )
-    sub.add_argument("model", help="model directory, float or packed")
+    sub.add_argument("model", help=MODEL)
     sub.add_argument("--text", required=True, metavar="FILE", help=f"what to evaluate on: {TEXTS}")
     sub.add_argument("--chat-template", action="store_true", help=CHAT_TEMPLATE)
     sub.add_argument("--against", metavar="MODEL", help="the float model to compare with")
@@ -165,12 +184,14 @@ def _parser() -> _Parser:
         "Complete a prompt, printing text as it comes.",
         'jgptq generate out --prompt "Once upon a time" --max-new-tokens 64',
     )
-    sub.add_argument("model", help="model directory, float or packed")
+    sub.add_argument("model", help=MODEL)
     sub.add_argument("--prompt", required=True, metavar="TEXT", help="the text to complete; -: standard input")
     sub.add_argument(
         "--chat", action="store_true", help="take the prompt as a user's message and print the model's answer alone"
     )
-    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    sub.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="default: 64, or what the model's context has room for"
+    )
     sub.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     sub.add_argument("--top-k", type=int, metavar="K")
     sub.add_argument("--top-p", type=float, metavar="P")
@@ -182,7 +203,7 @@ def _parser() -> _Parser:
         "Write a model, float or packed, in another checkpoint format; what would change a weight is refused, or told.",
         "jgptq convert out out.gguf --format gguf",
     )
-    sub.add_argument("model", help="model directory, GGUF file or hub id")
+    sub.add_argument("model", help=MODEL)
     sub.add_argument("out", type=Path, help="directory, or file for gguf, to make; must not exist")
     sub.add_argument("--format", required=True, choices=FORMATS)
 
@@ -192,7 +213,7 @@ def _parser() -> _Parser:
         "A table of a model's weights: shape, bits, group, bytes and, if jgptq made it, error.",
         "jgptq inspect out",
     )
-    sub.add_argument("model", help="model directory, float or packed")
+    sub.add_argument("model", help=MODEL)
     return parser
 
 
@@ -215,6 +236,7 @@ def _quantize(options: argparse.Namespace) -> None:
     rules = [_rule(rule, options.symmetric) for rule in options.rules or ()]
     _check_bits(options.format, [grid, *(other.grid for _, other in rules if other is not None)])
     model, params = load(options.model, lazy=True)
+    rules += _left_in_float(model)
     tokenizer = calibration.load_tokenizer(model.source)
     texts = documents.locate(options.calibration)
     window = {
@@ -244,7 +266,11 @@ def _quantize(options: argparse.Namespace) -> None:
             )
             title = f"{Path(options.model).name}, quantized"
             files = {REPORT_FILE: report_json(report), REPORT_PAGE: report_html(report, title=title)}
-            save(options.out, model, packed, format=options.format, extra_files=files)
+            try:
+                save(options.out, model, packed, format=options.format, extra_files=files)
+            except ValueError as error:
+                kept = "all weights are finished and kept; the same command with another --format writes them"
+                raise ValueError(f"{error}; {kept}") from error
             finished.remove()
     _console().print(report_table(report))
     print(f"{options.out}: {nbytes(params):,} bytes -> {nbytes(packed):,} bytes")
@@ -314,6 +340,9 @@ def _spare_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
         libc.mallopt(M_ARENA_MAX, 1)
+    if hasattr(libc, "malloc_trim"):
+        # What a compilation took is in pieces all over the heap, none of which glibc gives back by itself.
+        jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: libc.malloc_trim(0))
 
 
 def _grid(bits: int, group_size: int, symmetric: bool, where: str) -> Grid:
@@ -322,11 +351,19 @@ def _grid(bits: int, group_size: int, symmetric: bool, where: str) -> Grid:
     return Grid(bits=bits, group_size=None if group_size == -1 else group_size, symmetric=symmetric)
 
 
+def _left_in_float(model: Any) -> list[Rule]:
+    """Rules for what checkpoints are expected to have in float: head and routers, for which few readers look packed."""
+    leaves = jax.tree_util.tree_leaves_with_path(model.parameter_shapes)
+    paths = [".".join(str(key.key) for key in keys) for keys, _ in leaves]
+    return [(pattern, None) for pattern in LEFT_IN_FLOAT if fnmatch.filter(paths, pattern)]
+
+
 def _check_bits(format: str, grids: Sequence[Grid]) -> None:
     """Refuses before hours of work what the format could not hold after them."""
     allowed = PACKINGS[format].bits
     if wrong := {grid.bits for grid in grids} - set(allowed):
-        raise ValueError(f"--format {format} holds weights of {allowed} bits, not of {sorted(wrong)}; choose another")
+        held, asked = (", ".join(map(str, sorted(bits))) for bits in (allowed, wrong))
+        raise ValueError(f"--format {format} holds weights of {held} bits, not of {asked}; choose another")
 
 
 def _rule(arguments: Sequence[str], symmetric: bool) -> Rule:
@@ -380,12 +417,14 @@ def _eval(options: argparse.Namespace) -> None:
                 "tokens": count_scored(model, tokens, **settings),
                 "perplexity": perplexity(model, params, tokens, **settings, progress=advance),
             }
-    if math.isnan(result["perplexity"]):
-        raise ValueError(f"the logits of {options.model} are NaN on this text; check its weights for NaN or infinity")
+    for name, given in (("perplexity", options.model), ("reference_perplexity", options.against)):
+        if math.isnan(result.get(name, 0.0)):
+            raise ValueError(f"the logits of {given} are NaN on this text; check its weights for NaN or infinity")
     asked = {name: getattr(options, name) for name in ("model", "against", "text", "protocol", "chat_template")}
     result = asked | {"text_tokens": tokens.size} | settings | result | _versions()
     if options.json:
-        print(json.dumps(result, indent=1))
+        finite = {name: "inf" if value == math.inf else value for name, value in result.items()}  # JSON has no infinity
+        print(json.dumps(finite, indent=1, allow_nan=False))
     else:
         for name, value in result.items():
             if value is not None and value is not False:
@@ -426,11 +465,12 @@ def _versions() -> dict[str, str]:
 def _generate(options: argparse.Namespace) -> None:
     model, params = load(options.model)
     tokenizer = calibration.load_tokenizer(model.source)
-    text = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    text = _prompt(options.prompt)
     if options.chat:
         message = {"role": "user", "content": text}
         text = load_chat_template(model.source).render([message], add_generation_prompt=True)
     prompt = tokenizer.encode(text, add_special_tokens=not options.chat).ids
+    room = max(model.config.max_position_embeddings - len(prompt), 1)
     stream = TextStream(tokenizer, prompt)
     if options.chat:
         stream.rest()  # the prompt is not printed
@@ -438,7 +478,7 @@ def _generate(options: argparse.Namespace) -> None:
         model,
         params,
         prompt,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=min(64, room) if options.max_new_tokens is None else options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -447,6 +487,15 @@ def _generate(options: argparse.Namespace) -> None:
         on_token=lambda tokens: print(stream.add(int(tokens[0])), end="", flush=True),
     )
     print(stream.rest())
+
+
+def _prompt(given: str) -> str:
+    try:
+        text = sys.stdin.read().removesuffix("\n") if given == "-" else given
+        text.encode()  # bytes of a command line that are no UTF-8 are halves of surrogate pairs here
+    except UnicodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 text ({error}); convert it, with iconv for example") from error
+    return text
 
 
 def _stop_tokens(model: Any) -> tuple[int, ...]:
@@ -468,10 +517,12 @@ def _convert(options: argparse.Namespace) -> None:
     if options.out.exists():
         raise FileExistsError(f"{options.out} exists; choose a new name, or remove it first")
     _check_writable(options.out)
+    remove_partial(options.out)
     model, params = load(options.model, lazy=True)
     with Console(stderr=True).status(f"writing {options.out}"):
         save(options.out, model, params, format=options.format)
-    print(f"{options.out}: {options.format}, {nbytes(params):,} bytes of weights")
+    sizes = [file.stat().st_size for file in (options.out, *options.out.rglob("*")) if file.is_file()]
+    print(f"{options.out}: {options.format}, {sum(sizes):,} bytes on disk")
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -174,7 +174,6 @@ def _windows(
     places = step * np.arange(count)[:, None] + offsets
     tokens = np.where(places < token_ids.size, token_ids.ravel()[np.minimum(places, token_ids.size - 1)], 0)
     windows = np.concatenate([np.full((count, len(bos)), bos), tokens], axis=1).astype(np.int32)
-    new = np.arange(content) >= content - step
     new = (places < token_ids.size) & ((offsets >= content - step) | (places == offsets))  # all of the first window
     scored = np.pad(new[:, 1:], ((0, 0), (len(bos), 0)))
     if not scored.any():

@@ -1,10 +1,20 @@
 """What every test runs under. Warnings are errors by pyproject.toml."""
 
-import jax
+import gc
+import os
+import sys
+
 import pytest
+
+# Compiling takes most of the time of most tests: XLA's older emitters of CPU code need half of it.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
+import jax
 
 # A (n, n) / (n,) that broadcasts along the wrong axis is a silent bug: no test lets it pass.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Optimized code would be faster, but not by what it takes to compile.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -13,3 +23,11 @@ def without_type_checker(monkeypatch):
     import jaxtyping
 
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def orbax_leavings(monkeypatch):
+    """What Orbax leaves behind when it fails, tasks of an event loop that is closed, is collected here in silence."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    yield
+    gc.collect()

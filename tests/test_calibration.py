@@ -80,6 +80,11 @@ def test_a_conversation_that_cannot_be_encoded_is_named():
         batches([conversation], word_tokenizer(bos=True), samples=1, seq_len=4, chat_template=refusing)
 
 
+def test_a_single_text_is_no_list_of_documents():
+    with pytest.raises(ValueError, match=r"documents is one text, .*; give \[text\]"):
+        encode("w1 w2", word_tokenizer(bos=True))
+
+
 def test_the_day_does_not_change_the_batches():
     dated = ChatTemplate(source="{{ strftime_now('%Y %m %d') }}", special_tokens={}, file=Path("file"))
     tokenizer = word_tokenizer(bos=False)
@@ -116,6 +121,8 @@ def test_gptq_windows_are_the_text_as_one_without_what_does_not_fill_the_last(tm
         assert gptq_windows(source, tokenizer, seq_len=5).tolist() == [ids[:5], ids[5:10]]
     with pytest.raises(ValueError, match="the text has 13 tokens, too few for one window of 14"):
         gptq_windows(rows, tokenizer, seq_len=14)
+    with pytest.raises(ValueError, match="seq_len=0; give an integer of at least 2"):
+        gptq_windows(rows, tokenizer, seq_len=0)
 
 
 def test_windows_are_bos_and_distinct_pieces_of_the_stream():
@@ -176,7 +183,7 @@ def test_stories_are_cut_into_windows_with_their_bos_between_and_in_front():
         ([text(0, 4)], {}, "has 4 tokens, but one window"),
         ([text(0, 40)], {"samples": 9}, "make 8 windows of seq_len=6, but samples=9; .* at most 8 samples"),
         (np.array([1.5, 2.5]), {}, "token ids are float64"),
-        (np.ones((4, 4), int), {}, r"token ids are int64\[4, 4\]"),
+        (np.ones((4, 4), int), {}, r"token ids are int64\[4, 4\]; .* or a list of texts and of conversations"),
         ([1, 42], {}, "lie in 1 .. 42; they must be at least 0 and below the vocabulary size, 42"),
         (np.arange(-1, 30), {}, "lie in -1 .. 29"),
         ([text(0, 40)], {"samples": 0}, "samples=0"),

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -110,7 +112,8 @@ def test_inspect_shows_every_weight_with_bits_bytes_and_error(packed, capsys):
 
 def test_convert_and_back_gives_the_same_file(home, packed, capsys):
     assert cli.main(["convert", str(packed), str(home / "other"), "--format", "orbax"]) == 0
-    assert "other: orbax, " in capsys.readouterr().out
+    size = sum(file.stat().st_size for file in (home / "other").rglob("*") if file.is_file())
+    assert f"other: orbax, {size:,} bytes on disk" in capsys.readouterr().out
     assert cli.main(["convert", str(home / "other"), str(home / "again"), "--format", "gptq"]) == 0
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (home / "again" / file).read_bytes() == (packed / file).read_bytes()
@@ -271,6 +274,29 @@ def test_generate_prints_a_completion_and_seeds_repeat(packed, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_generate_fills_the_context_by_default_and_no_more(packed, capsys):
+    assert cli.main(["generate", str(packed), "--prompt", "a" * 60]) == 0
+    model, params = jgptq.load(packed)
+    tokenizer = Tokenizer.from_file(str(packed / "tokenizer.json"))
+    prompt = tokenizer.encode("a" * 60).ids
+    ids = jgptq.generate(model, params, prompt, max_new_tokens=64 - len(prompt), on_token=len).tolist()
+    assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error(home, packed):
+    command = [sys.executable, "-m", "jgptq.cli", "convert", str(packed), str(home / "early"), "--format", "gptq"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 1)
+
+
+def test_json_is_valid_whatever_the_figures(home, packed, capsys, monkeypatch):
+    arguments = ["eval", str(packed), "--text", str(home / "text.txt"), "--seq-len", "32", "--tokens", "40", "--json"]
+    monkeypatch.setattr(cli, "perplexity", lambda *_, **__: float("inf"))
+    assert cli.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["perplexity"] == "inf"
+
+
 BAD = {
     "out exists": (lambda home: quantize_arguments(home, home / "float"), "float exists; choose a new directory"),
     "no model": (lambda home: ["inspect", str(home / "none")], "none is not a directory"),
@@ -355,7 +381,7 @@ BAD = {
     ),
     "bits that the format does not have": (
         lambda home: quantize_arguments(home, home / "o", "--bits", "3", "--format", "awq"),
-        "--format awq holds weights of (4,) bits, not of [3]; choose another",
+        "--format awq holds weights of 4 bits, not of 3; choose another",
     ),
     "weights that the format cannot hold": (
         lambda home: ["convert", str(home / "packed"), str(home / "o"), "--format", "awq"],
@@ -366,8 +392,25 @@ BAD = {
         "float exists; choose a new name, or remove it first",
     ),
     "a prompt beyond the context": (
-        lambda home: ["generate", str(home / "float"), "--prompt", "a" * 60],
+        lambda home: ["generate", str(home / "float"), "--prompt", "a" * 60, "--max-new-tokens", "64"],
         "exceed the model's context of 64",
+    ),
+    "a prompt of bytes that are no text": (
+        lambda home: ["generate", str(home / "float"), "--prompt", "a\udcff"],
+        "the prompt is not UTF-8 text",
+    ),
+    "a window of nothing": (
+        lambda home: [
+            "eval",
+            str(home / "float"),
+            "--text",
+            str(home / "text.txt"),
+            "--protocol",
+            "gptq",
+            "--seq-len",
+            "0",
+        ],
+        "seq_len=0; give an integer of at least 2",
     ),
     "one token": (
         lambda home: ["eval", str(home / "float"), "--text", str(home / "text.txt"), "--tokens", "1"],

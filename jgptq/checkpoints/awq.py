@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,6 +22,8 @@ from jgptq.checkpoints.layout import (
     ExpectedTensor,
     Format,
     check_holds,
+    logical_dtypes,
+    meta_of,
     pack,
     pack_rows,
     unpack,
@@ -33,6 +36,7 @@ FIELDS = 32 // BITS
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output in each field of a word
 INVERSE = tuple(ORDER.index(output) for output in range(FIELDS))
 MIDPOINT = 2 ** (BITS - 1)
+CODES_AT_ONCE = 1 << 24  # that are put in another order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +52,12 @@ class Settings:
 
 def parse(config: Mapping[str, Any]) -> Settings:
     """Reads a quantization_config; ValueError for what this reader does not know."""
-    bits, version = config.get("bits", BITS), config.get("version") or config.get("format") or "gemm"
-    group_size = config.get("group_size", 128)
+    # Older files of AutoAWQ have other names for the first two.
+    bits, group_size = (
+        config.get("bits", config.get("w_bit", BITS)),
+        config.get("group_size", config.get("q_group_size", 128)),
+    )
+    version = config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm"
     if bits != BITS:
         raise ValueError(f"quantization_config: bits={bits!r}; AWQ checkpoints have {BITS}")
     if str(version).lower() != "gemm":
@@ -58,11 +66,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
         )
     if type(group_size) is not int or group_size < -1 or group_size == 0:
         raise ValueError(f"quantization_config: group_size={group_size!r}; a positive integer is allowed, or -1")
-    meta = config.get("meta") or {}
-    dtypes = meta.get("dtypes") or {} if isinstance(meta, dict) else None
-    if not isinstance(dtypes, dict):
-        raise ValueError("quantization_config: meta and its dtypes must be objects")
-    return Settings(group_size=None if group_size == -1 else group_size, dtypes=dtypes)
+    return Settings(group_size=None if group_size == -1 else group_size, dtypes=logical_dtypes(config))
 
 
 def expected(settings: Settings, module: str, in_features: int, out_features: int) -> dict[str, ExpectedTensor]:
@@ -92,9 +96,9 @@ def decode(
 
     dtype: of the logical array, where the config's meta does not say; None: that of the scales.
     """
-    codes, zeros = (_from_words(tensors[name]) for name in ("qweight", "qzeros"))
+    zeros = _from_words(tensors["qzeros"])
     return tensor.QuantizedTensor(
-        codes=pack(codes, bits=BITS),
+        codes=_codes(tensors["qweight"]),
         scales=jnp.asarray(tensors["scales"]),
         zeros=None if (zeros == MIDPOINT).all() else jnp.asarray(zeros),
         permutation=None,
@@ -125,7 +129,6 @@ def describe(weights: Mapping[str, tensor.QuantizedTensor], left: Sequence[str],
 
     check_holds("awq", weights, problem)
     meta = {"quantizer": [f"jgptq:{importlib.metadata.version('jgptq')}"]}
-    dtypes = {module: jnp.dtype(weight.dtype).name for module, weight in weights.items() if weight.dtype != dtype}
     return {
         "quant_method": "awq",
         "bits": BITS,
@@ -134,15 +137,35 @@ def describe(weights: Mapping[str, tensor.QuantizedTensor], left: Sequence[str],
         "version": "gemm",
         "modules_to_not_convert": with_head(left, weights),
         **({"dynamic": {f"-:^{re.escape(module)}$": {} for module in left}} if left else {}),  # the same to GPTQModel
-        "meta": meta | ({"dtypes": dtypes} if dtypes else {}),
+        "meta": meta | meta_of(weights, dtype),
     }
 
 
 def encode(settings: Settings, weight: tensor.QuantizedTensor) -> dict[str, np.ndarray]:
     """The tensors of one module, as `decode` reads them."""
-    codes = np.asarray(unpack(jnp.asarray(weight.codes), bits=BITS, length=weight.in_features), np.uint8)
     zeros = np.full(weight.scales.shape, MIDPOINT, np.uint8) if weight.zeros is None else np.asarray(weight.zeros)
-    return {"qweight": _to_words(codes), "qzeros": _to_words(zeros), "scales": np.asarray(weight.scales)}
+    return {"qweight": _qweight(weight), "qzeros": _to_words(zeros), "scales": np.asarray(weight.scales)}
+
+
+def _codes(qweight: np.ndarray) -> jax.Array:
+    """(in, out / 8) words as (in / 8, out) ones, some inputs at a time."""
+    rows = _rows_at_once(qweight.shape[1] * FIELDS)
+    parts = [pack(_from_words(qweight[start : start + rows]), bits=BITS) for start in range(0, len(qweight), rows)]
+    return jnp.concatenate(parts)
+
+
+def _qweight(weight: tensor.QuantizedTensor) -> np.ndarray:
+    """The inverse of `_codes`."""
+    rows, words, parts = _rows_at_once(weight.out_features), jnp.asarray(weight.codes), []
+    for start in range(0, weight.in_features, rows):
+        length = min(rows, weight.in_features - start)
+        some = words[start // FIELDS : -(-(start + length) // FIELDS)]
+        parts.append(_to_words(np.asarray(unpack(some, bits=BITS, length=length), np.uint8)))
+    return np.concatenate(parts)
+
+
+def _rows_at_once(columns: int) -> int:
+    return FIELDS * max(1, CODES_AT_ONCE // (FIELDS * columns))
 
 
 def _to_words(values: np.ndarray) -> np.ndarray:

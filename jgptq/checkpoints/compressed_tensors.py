@@ -4,16 +4,16 @@ A linear module P has, in place of P.weight, (b bits, I inputs, O outputs, G gro
     P.weight_packed     int32 (O, I b / 32)   codes packed along the inputs
     P.weight_scale      float (O, G)
     P.weight_shape      int64 (2,)            O, I
-    P.weight_zero_point int32 (O b / 32, G)   asymmetric only: zeros packed along the outputs
+    P.weight_zero_point int32 (O b / 32, G)   asymmetric only: zeros packed along the outputs; once int8 (O, G), signed
     P.weight_g_idx      int32 (I,)            only where actorder is "group": the group of each input
 Codes and zeros are signed in its documents and stored plus 2^(b-1), which makes them the codes and zeros of GPTQ.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,13 +24,17 @@ from jgptq.checkpoints.layout import (
     ExpectedTensor,
     Format,
     check_holds,
+    logical_dtypes,
+    meta_of,
     pack,
     permutation_of,
     unpack,
     with_head,
 )
+from jgptq.checkpoints.patterns import FirstMatch
 
 FORMAT_NAME = "pack-quantized"
+PATTERN = "re:"  # in front of a target that is one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,13 +52,17 @@ class Scheme:
         if not isinstance(weights, dict):
             raise ValueError(f"quantization_config: {name} has no weights; it must be an object that says how they are")
         bits, strategy, group_size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
-        if weights.get("type", "int") != "int" or bits not in grids.BITS:
+        if weights.get("type", "int") != "int" or type(bits) is not int or bits not in grids.BITS:
             raise ValueError(
                 f"quantization_config: {name} has {bits!r} bits of type {weights.get('type')!r}; this reads integers "
                 f"of {grids.BITS} bits"
             )
         if group.get("input_activations") or group.get("output_activations"):
             raise ValueError(f"quantization_config: {name} quantizes activations; this reads quantized weights alone")
+        if (own := group.get("format")) not in (None, FORMAT_NAME):
+            raise ValueError(f"quantization_config: {name} has format={own!r}; this reads {FORMAT_NAME!r}")
+        if type(symmetric := weights.get("symmetric", True)) is not bool:
+            raise ValueError(f"quantization_config: {name} has symmetric={symmetric!r}; true or false is allowed")
         strategy = strategy or ("channel" if group_size in (None, -1) else "group")
         if strategy not in ("group", "channel"):
             raise ValueError(f"quantization_config: {name} has strategy={strategy!r}; this reads 'group' and 'channel'")
@@ -63,8 +71,8 @@ class Scheme:
         return cls(
             bits=bits,
             group_size=group_size if strategy == "group" else None,
-            symmetric=bool(weights.get("symmetric", True)),
-            has_g_idx=weights.get("actorder") in ("group", True),
+            symmetric=symmetric,
+            has_g_idx=weights.get("actorder") in ("group", "dynamic", True),
         )
 
     def group_length(self, in_features: int) -> int:
@@ -73,25 +81,25 @@ class Scheme:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A quantization_config, parsed: (targets, scheme) of each config group, the first target that matches wins."""
+    """A quantization_config, parsed: schemes by modules' names, by patterns of them, and of all other linear modules.
 
-    groups: tuple[tuple[tuple[str, ...], Scheme], ...]
+    The order is that of compressed-tensors: names before patterns, these in the order of the alphabet.
+    """
+
+    names: Mapping[str, Scheme]
+    patterns: FirstMatch
+    pattern_schemes: tuple[Scheme, ...]
+    linear: Scheme | None
+    dtypes: Mapping[str, str]
 
     def of(self, module: str) -> Scheme:
-        """A target is a module's name, a pattern of names behind `re:`, or a class of modules: then any module's."""
-        for matches in (_names, _is_class):
-            for targets, scheme in self.groups:
-                if any(matches(target, module) for target in targets):
-                    return scheme
-        raise ValueError(f"{module} is packed, but no config group of the quantization_config targets it")
-
-
-def _names(target: str, module: str) -> bool:
-    return re.match(target[3:], module) is not None if target.startswith("re:") else target == module
-
-
-def _is_class(target: str, module: str) -> bool:
-    return "." not in target and not target.startswith("re:")
+        if module in self.names:
+            return self.names[module]
+        found = self.patterns(module)
+        scheme = self.linear if found is None else self.pattern_schemes[found]
+        if scheme is None:
+            raise ValueError(f"{module} is packed, but no config group of the quantization_config targets it")
+        return scheme
 
 
 def parse(config: Mapping[str, Any]) -> Settings:
@@ -101,21 +109,36 @@ def parse(config: Mapping[str, Any]) -> Settings:
         raise ValueError(f"quantization_config: format={config.get('format')!r}; this reads {FORMAT_NAME!r}")
     if not isinstance(groups, dict) or not groups:
         raise ValueError("quantization_config: config_groups must be an object with at least one group")
-    parsed = []
+    _check_plain(config)
+    schemes: dict[str, Scheme] = {}
     for name, group in groups.items():
         scheme = Scheme.from_config(name, group)
         targets = group.get("targets", ["Linear"])
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise ValueError(f"quantization_config: {name} has targets={targets!r}; they must be a list of names")
-        for target in targets:
-            try:
-                re.compile(target.removeprefix("re:"))
-            except re.error as error:
-                raise ValueError(
-                    f"quantization_config: {name}'s target {target!r} is no regular expression ({error})"
-                ) from error
-        parsed.append((tuple(targets), scheme))
-    return Settings(groups=tuple(parsed))
+        schemes |= dict.fromkeys(targets, scheme)
+    patterns = sorted(target for target in schemes if target.startswith(PATTERN))
+    try:
+        first_match = FirstMatch([pattern.removeprefix(PATTERN) for pattern in patterns])
+    except ValueError as error:
+        raise ValueError(f"quantization_config: targets of config_groups: {error}") from error
+    return Settings(
+        names={target: scheme for target, scheme in schemes.items() if not target.startswith(PATTERN)},
+        patterns=first_match,
+        pattern_schemes=tuple(schemes[pattern] for pattern in patterns),
+        linear=schemes.get("Linear"),
+        dtypes=logical_dtypes(config),
+    )
+
+
+def _check_plain(config: Mapping[str, Any]) -> None:
+    """ValueError for what else is done to the weights, or to what they are multiplied with."""
+    sparsity = config.get("sparsity_config") or {}
+    kind = sparsity.get("format") if isinstance(sparsity, dict) else sparsity
+    if kind not in (None, "dense"):
+        raise ValueError(f"quantization_config: sparsity_config has format={kind!r}; this reads weights that are dense")
+    if config.get("transform_config"):
+        raise ValueError("quantization_config: transform_config has rotations of activations, which this does not know")
 
 
 def expected(settings: Settings, module: str, in_features: int, out_features: int) -> dict[str, ExpectedTensor]:
@@ -130,7 +153,8 @@ def expected(settings: Settings, module: str, in_features: int, out_features: in
     }
     if not own.symmetric:
         zeros = (packing.word_count(out_features, own.bits), groups)
-        tensors["weight_zero_point"] = ExpectedTensor(shape=zeros, dtypes=("I32",))
+        older = ExpectedTensor(shape=(out_features, groups), dtypes=("I8",))
+        tensors["weight_zero_point"] = ExpectedTensor(shape=zeros, dtypes=("I32",), older=older)
     if own.has_g_idx:
         tensors["weight_g_idx"] = ExpectedTensor(shape=(in_features,), dtypes=("I32",))
     return tensors
@@ -145,7 +169,7 @@ def decode(
 ) -> tensor.QuantizedTensor:
     """One module's tensors, checked against `expected`, as a QuantizedTensor.
 
-    dtype: of the logical array; None: that of the scales.
+    dtype: of the logical array, where the config's meta does not say; None: that of the scales.
     """
     own, (in_features, out_features) = settings.of(module), shape
     if tuple(tensors["weight_shape"]) != (out_features, in_features):
@@ -159,10 +183,7 @@ def decode(
         permutation = permutation_of(f"{module}.weight_g_idx", tensors["weight_g_idx"], group_size)
     if permutation is not None:
         words = pack(unpack(words, bits=own.bits, length=in_features)[permutation], bits=own.bits)
-    zeros = None
-    if not own.symmetric:
-        packed = jnp.asarray(tensors["weight_zero_point"].view(np.uint32))
-        zeros = unpack(packed, bits=own.bits, length=out_features).T.astype(jnp.uint8)
+    zeros = None if own.symmetric else _zeros(f"{module}.weight_zero_point", tensors, own.bits, out_features)
     return tensor.QuantizedTensor(
         codes=words,
         scales=jnp.asarray(_transposed(tensors["weight_scale"])),
@@ -170,7 +191,7 @@ def decode(
         permutation=None if permutation is None else jnp.asarray(permutation),
         bits=own.bits,
         group_size=group_size,
-        dtype=jnp.dtype(dtype or tensors["weight_scale"].dtype),
+        dtype=jnp.dtype(settings.dtypes.get(module) or dtype or tensors["weight_scale"].dtype),
         layout=tensor.Layout.dense(in_features, out_features),
     )
 
@@ -205,6 +226,7 @@ def describe(weights: Mapping[str, tensor.QuantizedTensor], left: Sequence[str],
         "quantization_status": "compressed",
         "ignore": with_head(left, weights),
         "config_groups": groups,
+        **({"meta": meta} if (meta := meta_of(weights, dtype)) else {}),
     }
 
 
@@ -219,6 +241,18 @@ def encode(settings: Settings, weight: tensor.QuantizedTensor) -> dict[str, np.n
         packed = pack(jnp.asarray(weight.zeros).T, bits=weight.bits)
         tensors["weight_zero_point"] = np.asarray(packed).view(np.int32)
     return tensors
+
+
+def _zeros(name: str, tensors: Mapping[str, np.ndarray], bits: int, out_features: int) -> jax.Array:
+    """The (groups, out) zeros, uint8."""
+    stored, midpoint = tensors["weight_zero_point"], 2 ** (bits - 1)
+    if stored.dtype == np.int32:
+        return unpack(jnp.asarray(stored.view(np.uint32)), bits=bits, length=out_features).T.astype(jnp.uint8)
+    if stored.size and (stored.min() < -midpoint or stored.max() >= midpoint):
+        raise ValueError(
+            f"{name} has values {stored.min()} .. {stored.max()}; {bits} bits are {-midpoint} .. {midpoint - 1}"
+        )
+    return jnp.asarray((_transposed(stored).astype(np.int16) + midpoint).astype(np.uint8))
 
 
 def _transposed(array: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.checkpoints import gguf_blocks, gguf_config, gguf_file, gguf_tokenizer
+from jgptq.checkpoints import gguf_blocks, gguf_config, gguf_file, gguf_rope, gguf_tokenizer
 from jgptq.models import LanguageModel
 from jgptq.models.language_model import ParameterPath
 from jgptq.tensor import Layout, QuantizedTensor
@@ -187,19 +187,12 @@ def _plans(file: gguf_file.GGUFFile, model: LanguageModel) -> dict[ParameterPath
             problems.append(f"{plan.name or _dotted(plan.path)} is missing")
         elif stored.shape != plan.stored_shape:
             problems.append(f"{plan.name} has shape {list(stored.shape)}, not {list(plan.stored_shape)}")
-        elif stored.kind not in _readable():
+        elif not gguf_file.readable(stored.kind):
             problems.append(f"{plan.name} is of type {stored.kind}, which cannot be read")
         plans[plan.path] = dataclasses.replace(plan, stored=stored)
     if problems:
         raise ValueError(f"it does not fit its own metadata: {'; '.join(problems)}")
     return plans
-
-
-def _readable() -> tuple[str, ...]:
-    import gguf
-
-    coded = (kind.name for kind in gguf.quants._type_traits)
-    return (*gguf_file.PLAIN, *coded)
 
 
 def _warn(file: gguf_file.GGUFFile, plans: Mapping[ParameterPath, _Plan]) -> None:
@@ -212,7 +205,7 @@ def _warn(file: gguf_file.GGUFFile, plans: Mapping[ParameterPath, _Plan]) -> Non
             f"{file.path}: these tensors are read as floats, since a QuantizedTensor cannot hold them: {counts}",
             stacklevel=4,
         )
-    used = {plan.name for plan in plans.values()} | set(gguf_config.EXTRA_TENSORS)
+    used = {plan.name for plan in plans.values()} | set(gguf_rope.TENSORS)
     unused = [name for name in sorted(file.tensors) if name not in used]
     if unused:
         more = ", …" if len(unused) > 8 else ""

@@ -1,272 +1,28 @@
-"""A model's config as GGUF's metadata, and back: one Dialect for each model_type that llama.cpp runs.
+"""A model's config as GGUF's metadata, and back; names and layouts of its tensors.
 
 llama.cpp has no key for some choices, and assumes them. A config that does not come back from its own metadata is
 therefore one that GGUF cannot say, and is refused with the names of those fields.
 """
 
-import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from jgptq.checkpoints import gguf_rope
+from jgptq.checkpoints.gguf_dialects import DIALECTS, SOFT_CAPS, Dialect, Said, decimal
 from jgptq.checkpoints.gguf_file import GGUFFile
 from jgptq.models import LanguageModel, language_model, rotary
 from jgptq.models.config import ACTIVATION_FIELDS
 from jgptq.models.language_model import ParameterPath
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-ROPE_FREQUENCIES = "rope_freqs.weight"
-ROPE_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
-EXTRA_TENSORS = (ROPE_FREQUENCIES, *ROPE_FACTORS.values())
 MAX_PAIRS = 4096
-LARGEST = float(np.finfo(np.float32).max)
 END_TOKENS = ("eos", "eot", "eom")  # llama.cpp stops at each of them
-LLAMA3_CONTEXT = 8192
 LENGTHS = ("max_position_embeddings", "seq_length", "sliding_window")  # in tokens, and no tensor's width
+OPTIONAL = ("num_key_value_heads", "head_dim", "n_inner", "ffn_hidden_size", "sliding_window", *SOFT_CAPS)
 # Names of one function.
 SAME_ACTIVATION = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
-
-DECODER = {
-    "max_position_embeddings": "context_length",
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-}
-WINDOW = {"sliding_window": "attention.sliding_window"}
-SOFT_CAPS = {
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-}
-GPT2 = {
-    "n_positions": "context_length",
-    "n_embd": "embedding_length",
-    "n_layer": "block_count",
-    "n_inner": "feed_forward_length",
-    "n_head": "attention.head_count",
-    "layer_norm_epsilon": "attention.layer_norm_epsilon",
-}
-GPT_NEOX = {
-    "max_position_embeddings": "context_length",
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "layer_norm_eps": "attention.layer_norm_epsilon",
-    "use_parallel_residual": "use_parallel_residual",
-}
-BLOOM = {
-    "seq_length": "context_length",
-    "hidden_size": "embedding_length",
-    "n_layer": "block_count",
-    "n_head": "attention.head_count",
-    "layer_norm_epsilon": "attention.layer_norm_epsilon",
-}
-FALCON = {
-    "max_position_embeddings": "context_length",
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "ffn_hidden_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "layer_norm_epsilon": "attention.layer_norm_epsilon",
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Said:
-    """What a file says of its model: metadata, the names of its tensors, and the factors of rotary frequencies."""
-
-    metadata: Mapping[str, Any]
-    tensors: Collection[str]
-    factors: Mapping[str, np.ndarray]
-
-    @property
-    def name(self) -> str | None:
-        name = self.metadata.get("general.architecture")
-        return name if isinstance(name, str) else None
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value of "<architecture>.<key>": a number, boolean or string; floats as they read in decimal."""
-        value = self.metadata.get(f"{self.name}.{key}", default)
-        if not isinstance(value, int | float | str | None):
-            raise ValueError(f"{self.name}.{key} has a value for each layer; a model with one for all is read")
-        if isinstance(value, float) and not abs(value) <= LARGEST:
-            raise ValueError(f"{self.name}.{key} is {value}; a finite float32 is allowed")
-        return decimal(value) if isinstance(value, float) else value
-
-
-def decimal(value: float | np.floating) -> float:
-    """The shortest number that rounds to the same float32: 1e-6 where the file has 9.99999997e-7."""
-    return float(str(np.float32(value)))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dialect:
-    """How GGUF speaks of one model_type.
-
-    name: its general.architecture. keys: config field -> key after "<name>.", of numbers that are the same in both.
-    implied: (config so far, what the file says) -> fields that no key, or not only a key, tells.
-    extra: config -> keys that follow from the config and that llama.cpp wants.
-    interleaved: whether the pairs that turn together are (0, 1), (2, 3)… in the file, for the queries and keys.
-    fused: whether the one kernel of queries, keys and values has all queries first in the file, and not one head's.
-    norm_offset: what the file adds to the scales of norms.
-    """
-
-    model_type: str
-    name: str
-    keys: Mapping[str, str]
-    implied: Callable[[Mapping[str, Any], Said], Mapping[str, Any]] = lambda config, said: {}
-    extra: Callable[[Any], Mapping[str, Any]] = lambda config: {}
-    interleaved: bool = False
-    fused: bool = False
-    norm_offset: float = 0.0
-
-
-def _llama(config: Mapping[str, Any], said: Said) -> Mapping[str, Any]:
-    return {
-        "attention_bias": "blk.0.attn_q.bias" in said.tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in said.tensors,
-    }
-
-
-def _gemma2(config: Mapping[str, Any], said: Said) -> Mapping[str, Any]:
-    """What llama.cpp takes for granted where there is no key."""
-    defaults = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    caps = {field: default if config[field] is None else config[field] for field, default in defaults.items()}
-    return {**caps, **_gemma(config, 46)}
-
-
-def _gemma3(config: Mapping[str, Any], said: Said) -> Mapping[str, Any]:
-    return {**_gemma(config, 62), "rope_local_base_freq": said.get("rope.freq_base_swa", 10000.0)}
-
-
-def _gemma(config: Mapping[str, Any], most_layers: int) -> Mapping[str, Any]:
-    """llama.cpp scales scores by the head's size, and in the model of most layers by the features of a head."""
-    scalar = config["head_dim"]
-    if config["num_hidden_layers"] == most_layers:
-        scalar = config["hidden_size"] // config["num_attention_heads"]
-    return {"query_pre_attn_scalar": scalar, "sliding_window": config["sliding_window"] or 4096}
-
-
-def _phi3(config: Mapping[str, Any], said: Said) -> Mapping[str, Any]:
-    length = said.get("rope.scaling.original_context_length", config["max_position_embeddings"])
-    return {"original_max_position_embeddings": length, "sliding_window": said.get("attention.sliding_window") or None}
-
-
-def _gpt2(config: Mapping[str, Any], said: Said) -> Mapping[str, Any]:
-    return {"n_inner": None} if config["n_inner"] == 4 * config["n_embd"] else {}
-
-
-def _falcon(config: Mapping[str, Any], said: Said) -> Mapping[str, Any]:
-    """One head of keys and values is the old architecture's, unless there are two norms."""
-    heads = said.get("attention.head_count_kv", config["num_attention_heads"])
-    two_norms = "blk.0.attn_norm_2.weight" in said.tensors
-    if heads == 1 and not two_norms:
-        return {"multi_query": True}
-    return {
-        "new_decoder_architecture": True,
-        "num_kv_heads": heads,
-        "num_ln_in_parallel_attn": None if two_norms else 1,
-    }
-
-
-def _head_lengths(config: Any) -> dict[str, Any]:
-    return {"attention.value_length": config.head_dim}
-
-
-def _experts(count: str, chosen: str) -> dict[str, str]:
-    return {count: "expert_count", chosen: "expert_used_count"}
-
-
-DIALECTS = {
-    dialect.model_type: dialect
-    for dialect in (
-        Dialect(model_type="llama", name="llama", keys=DECODER, implied=_llama, extra=_head_lengths, interleaved=True),
-        Dialect(
-            model_type="mistral",
-            name="llama",
-            keys=DECODER | WINDOW,
-            extra=_head_lengths,
-            interleaved=True,
-        ),
-        Dialect(
-            model_type="mixtral",
-            name="llama",
-            keys=DECODER | WINDOW | _experts("num_local_experts", "num_experts_per_tok"),
-            extra=_head_lengths,
-            interleaved=True,
-        ),
-        Dialect(model_type="qwen2", name="qwen2", keys=DECODER, extra=_head_lengths),
-        Dialect(model_type="qwen3", name="qwen3", keys=DECODER, extra=_head_lengths),
-        Dialect(
-            model_type="qwen3_moe",
-            name="qwen3moe",
-            keys=DECODER
-            | _experts("num_experts", "num_experts_per_tok")
-            | {"moe_intermediate_size": "expert_feed_forward_length"},
-            implied=lambda config, said: {"norm_topk_prob": True},
-            extra=_head_lengths,
-        ),
-        Dialect(model_type="gemma", name="gemma", keys=DECODER, extra=_head_lengths, norm_offset=1.0),
-        Dialect(
-            model_type="gemma2",
-            name="gemma2",
-            keys=DECODER | WINDOW | SOFT_CAPS,
-            implied=_gemma2,
-            extra=_head_lengths,
-            norm_offset=1.0,
-        ),
-        Dialect(
-            model_type="gemma3_text",
-            name="gemma3",
-            keys=DECODER | WINDOW,
-            implied=_gemma3,
-            extra=lambda config: _head_lengths(config) | {"rope.freq_base_swa": float(config.local_rope.theta)},
-            norm_offset=1.0,
-        ),
-        Dialect(
-            model_type="phi3",
-            name="phi3",
-            keys={field: key for field, key in DECODER.items() if field != "head_dim"},
-            implied=_phi3,
-            # No window is said by 0: llama.cpp takes a file without the key for a model that has one.
-            extra=lambda config: {
-                "attention.sliding_window": config.sliding_window or 0,
-                "rope.scaling.original_context_length": config.original_max_position_embeddings,
-            },
-        ),
-        Dialect(
-            model_type="gpt2",
-            name="gpt2",
-            keys=GPT2,
-            implied=_gpt2,
-            extra=lambda config: {"feed_forward_length": config.n_inner or 4 * config.n_embd},
-        ),
-        Dialect(model_type="gpt_neox", name="gptneox", keys=GPT_NEOX, fused=True),
-        Dialect(
-            model_type="bloom",
-            name="bloom",
-            keys=BLOOM,
-            extra=lambda config: {
-                "feed_forward_length": 4 * config.hidden_size,
-                "attention.head_count_kv": config.n_head,
-            },
-            fused=True,
-        ),
-        Dialect(
-            model_type="falcon",
-            name="falcon",
-            keys=FALCON,
-            implied=_falcon,
-            extra=lambda config: {"attention.head_count_kv": config.key_heads, "tensor_data_layout": "jploski"},
-            fused=True,
-        ),
-    )
-}
 
 
 def dialect_of(model: LanguageModel) -> Dialect:
@@ -287,7 +43,7 @@ def describe(model: LanguageModel, names: Collection[str]) -> tuple[dict[str, An
     own |= {**dialect.extra(config), "vocab_size": config.vocab_size}
     tensors: dict[str, np.ndarray] = {}
     if "rope" in vars(config):
-        rope, tensors = _describe_rope(dialect, config)
+        rope, tensors = gguf_rope.describe(dialect.name, config)
         own |= rope
     # Not general.name: transformers cannot load a file that calls itself "mistral" there.
     metadata: dict[str, Any] = {"general.architecture": dialect.name, "general.basename": dialect.model_type}
@@ -320,7 +76,7 @@ def _canonical(config: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in vars(config).items():
         if isinstance(value, rotary.Rope):
-            parts = vars(value) | {"partial": int(_head_dim(config) * value.partial)}
+            parts = vars(value) | {"partial": int(gguf_rope.head_dim(config) * value.partial)}
             fields |= {f"{name}.{part}": _rounded(parts[part]) for part in parts}
         elif name != "initializer_range":
             fields[name] = _rounded(value)
@@ -369,7 +125,9 @@ def read_fields(said: Said) -> dict[str, Any]:
     model_type = model_type_of(said)
     dialect = DIALECTS[model_type]
     config = {field: said.get(key) for field, key in dialect.keys.items()}
-    missing = [f"{said.name}.{dialect.keys[field]}" for field in config if config[field] is None and _needed(field)]
+    missing = [
+        f"{said.name}.{dialect.keys[field]}" for field in config if config[field] is None and field not in OPTIONAL
+    ]
     if missing:
         raise ValueError(f"its metadata lacks {', '.join(missing)}")
     for field, value in config.items():
@@ -381,13 +139,8 @@ def read_fields(said: Said) -> dict[str, Any]:
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     config |= dialect.implied(config, said)
     if model_type not in ("gpt2", "bloom"):
-        config |= _read_rope(said, config)
+        config |= gguf_rope.read(said, config)
     return config | {"model_type": model_type, "tie_word_embeddings": HEAD not in said.tensors} | _read_tokens(said)
-
-
-def _needed(field: str) -> bool:
-    optional = ("num_key_value_heads", "head_dim", "n_inner", "ffn_hidden_size", "sliding_window", *SOFT_CAPS)
-    return field not in optional
 
 
 def _read_tokens(said: Said) -> dict[str, Any]:
@@ -400,108 +153,10 @@ def _read_tokens(said: Said) -> dict[str, Any]:
     return {"bos_token_id": tokens["bos"], "eos_token_id": end}
 
 
-def _describe_rope(dialect: Dialect, config: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Keys and tensors of the rotary part; what they cannot say is found when they are read again."""
-    rope = config.rope
-    turning = int(_head_dim(config) * rope.partial)
-    keys: dict[str, Any] = {"rope.dimension_count": turning, "rope.freq_base": float(rope.theta)}
-    tensors = {}
-    if rope.rope_type in ("linear", "yarn"):
-        keys |= {"rope.scaling.type": rope.rope_type, "rope.scaling.factor": float(rope.factor)}
-    if rope.rope_type in ("yarn", "llama3"):
-        keys["rope.scaling.original_context_length"] = rope.original_length
-    if rope.rope_type == "yarn":
-        keys |= {
-            "rope.scaling.yarn_beta_fast": float(rope.beta_fast),
-            "rope.scaling.yarn_beta_slow": float(rope.beta_slow),
-        }
-    if rope.rope_type == "llama3" and dialect.name == "llama":  # no other architecture's graph reads the tensor
-        tensors[ROPE_FREQUENCIES] = _divisors(rope, turning)
-    if rope.rope_type == "longrope" and dialect.name == "phi3":
-        _, scale = rotary.ROPE_TYPES["longrope"](rope, turning, 1, config.max_position_embeddings)
-        keys["rope.scaling.attn_factor"] = float(scale)
-        tensors |= {tensor: np.asarray(getattr(rope, field), np.float32) for field, tensor in ROPE_FACTORS.items()}
-    return keys, tensors
-
-
-def _divisors(rope: rotary.Rope, turning: int) -> np.ndarray:
-    """What llama3's rule divides each pair's frequency by."""
-    plain, _ = rotary.ROPE_TYPES["default"](rope, turning, 1, 1)
-    scaled, _ = rotary.ROPE_TYPES["llama3"](rope, turning, 1, 1)
-    return (plain / scaled).astype(np.float32)
-
-
-def _head_dim(config: Any) -> int:
-    if hasattr(config, "head_dim"):
-        return config.head_dim
-    return config.hidden_size // config.num_attention_heads
-
-
-def _read_rope(said: Said, config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_parameters, and partial_rotary_factor where not all of a head turns."""
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    turning = said.get("rope.dimension_count", head_dim)
-    if type(turning) is not int or not 0 < turning <= head_dim:
-        raise ValueError(f"{said.name}.rope.dimension_count is {turning!r}; 1 to the head's {head_dim} is allowed")
-    theta, kind = said.get("rope.freq_base", 10000.0), said.get("rope.scaling.type", "none")
-    parameters: dict[str, Any] = {"rope_theta": theta}
-    original = said.get("rope.scaling.original_context_length")
-    if ROPE_FREQUENCIES in said.factors:
-        parameters |= _frequency_factors(said.factors[ROPE_FREQUENCIES], theta, turning, original or LLAMA3_CONTEXT)
-    elif set(ROPE_FACTORS.values()) <= set(said.factors):
-        parameters |= _longrope(said, config, turning, original)
-    elif said.get("rope.scaling.factor") not in (None, 0.0, 1.0) and kind in ("linear", "yarn", "none"):
-        # llama.cpp takes a factor without a type for a linear one.
-        parameters |= {"rope_type": "linear" if kind == "none" else kind, "factor": said.get("rope.scaling.factor")}
-        if kind == "yarn":
-            betas = {name: said.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
-            parameters |= {"original_max_position_embeddings": original, **betas}
-    elif kind not in ("none", "linear", "yarn"):
-        raise ValueError(f"{said.name}.rope.scaling.type is {kind!r} without its factors; this cannot be read")
-    partial = {} if turning == head_dim else {"partial_rotary_factor": turning / head_dim}
-    return {"rope_parameters": parameters | partial, **partial}
-
-
-def _frequency_factors(factors: np.ndarray, theta: float, turning: int, original: int) -> dict[str, Any]:
-    """Llama 3's rule where it gives these factors; else the factors themselves, as those of any length."""
-    if len(factors) != turning // 2 or not np.all(np.isfinite(factors) & (factors > 0)):
-        raise ValueError(f"{ROPE_FREQUENCIES} has no {turning // 2} positive numbers, one for each pair that turns")
-    factor = decimal(np.max(factors))
-    rule = rotary.Rope(rope_type="llama3", theta=theta, factor=factor, original_length=original)
-    if np.allclose(_divisors(rule, turning), factors, rtol=1e-5, atol=0):
-        return {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": rule.low_freq_factor,
-            "high_freq_factor": rule.high_freq_factor,
-            "original_max_position_embeddings": original,
-        }
-    own = [decimal(factor) for factor in factors]
-    return {"rope_type": "longrope", "short_factor": own, "long_factor": own, "attention_factor": 1.0}
-
-
-def _longrope(said: Said, config: Mapping[str, Any], turning: int, original: int | None) -> dict[str, Any]:
-    factors = {field: said.factors[tensor] for field, tensor in ROPE_FACTORS.items()}
-    for field, tensor in ROPE_FACTORS.items():
-        if len(factors[field]) != turning // 2:
-            raise ValueError(f"{tensor} has {len(factors[field])} numbers; {turning // 2} pairs turn")
-    length = original or config["max_position_embeddings"]
-    read = {field: [decimal(value) for value in array] for field, array in factors.items()}
-    parameters = {"rope_type": "longrope", "original_max_position_embeddings": length, **read}
-    # The prescribed factor is left to the rule.
-    rule = rotary.Rope(rope_type="longrope", original_length=length, **{name: tuple(x) for name, x in read.items()})
-    try:
-        _, prescribed = rotary.ROPE_TYPES["longrope"](rule, turning, 1, config["max_position_embeddings"])
-    except ArithmeticError as error:
-        raise ValueError(f"an original context of {length} tokens cannot be scaled by longrope") from error
-    scale = said.get("rope.scaling.attn_factor", decimal(prescribed))
-    return parameters if scale == decimal(prescribed) else parameters | {"attention_factor": scale}
-
-
 def said_by(file: GGUFFile) -> Said:
     """What an open file says of its model; of the tensors only factors of rotary frequencies are read."""
     factors = {}
-    for name in EXTRA_TENSORS:
+    for name in gguf_rope.TENSORS:
         if name in file.tensors:
             stored = file.tensors[name]
             if len(stored.shape) != 1 or stored.kind != "F32" or stored.shape[0] > MAX_PAIRS:
@@ -535,7 +190,8 @@ def _check_sizes(file: GGUFFile, fields: Mapping[str, Any]) -> None:
         value = fields[field]
         if key == "block_count" and type(value) is int and value > len(blocks):
             raise ValueError(f"{key} is {value}, but it has tensors of {len(blocks)} blocks")
-        if field not in LENGTHS and type(value) is int and value > widest:
+        unused = key == "feed_forward_length" and "moe_intermediate_size" in fields
+        if field not in LENGTHS and not unused and type(value) is int and value > widest:
             raise ValueError(f"{key} is {value}, but no tensor is wider than {widest}")
     heads, head_dim = fields.get("num_attention_heads"), fields.get("head_dim")
     if type(heads) is int and type(head_dim) is int and heads * head_dim > widest:

@@ -51,7 +51,6 @@ PLAIN = {
     "BF16": jnp.dtype(jnp.bfloat16),
     "F64": np.dtype(np.float64),
 }
-INTEGERS = ("I8", "I16", "I32", "I64")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,6 +262,21 @@ def kinds() -> dict[int, tuple[str, int, int]]:
         for kind in gguf.GGMLQuantizationType
         if kind in gguf.GGML_QUANT_SIZES
     }
+
+
+@functools.cache
+def readable(kind: str) -> bool:
+    """Whether tensors of a type are numbers that can be read: not integers, nor blocks that gguf does not decode."""
+    if kind in PLAIN:
+        return True
+    import gguf
+
+    number = gguf.GGMLQuantizationType[kind]
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[number][1]), np.uint8), number)
+    except NotImplementedError:
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -246,7 +246,10 @@ def _build_sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> Toke
 
 
 def _merges(tokens: list[str], vocabulary: Mapping[str, int], scores: np.ndarray | None) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, best score first: SentencePiece's merges, which it does not store."""
+    """Every way to make a token of two others, best score first: SentencePiece's merges, which it does not store.
+
+    Where scores are equal, as some writers leave them, tokens are in order.
+    """
     found = []
     for number, token in enumerate(tokens):
         if len(token) > MAX_PIECE:
@@ -254,8 +257,8 @@ def _merges(tokens: list[str], vocabulary: Mapping[str, int], scores: np.ndarray
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in vocabulary and right in vocabulary:
-                score = -float(number) if scores is None else float(scores[number])
-                found.append((-score, vocabulary[left], vocabulary[right], left, right))
+                score = 0.0 if scores is None else float(scores[number])
+                found.append((-score, number, vocabulary[left], vocabulary[right], left, right))
     return [(left, right) for *_, left, right in sorted(found)]
 
 

@@ -31,6 +31,7 @@ from jgptq.checkpoints.layout import (
     unpack,
     unpack_rows,
 )
+from jgptq.checkpoints.patterns import FirstMatch
 
 VERSIONS = ("gptq", "gptq_v2")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -66,16 +67,18 @@ class WeightSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A quantization_config, parsed. overrides: (pattern of module names, settings), the first match wins."""
+    """A quantization_config, parsed. overrides: of the modules that `patterns` finds, by the pattern's number."""
 
     version: str
     weights: WeightSettings
-    overrides: tuple[tuple[re.Pattern, WeightSettings], ...]
+    patterns: FirstMatch
+    overrides: tuple[WeightSettings, ...]
     written_by_gptqmodel: bool
     dtypes: Mapping[str, str]
 
     def of(self, module: str) -> WeightSettings:
-        return next((settings for pattern, settings in self.overrides if pattern.match(module)), self.weights)
+        found = self.patterns(module)
+        return self.weights if found is None else self.overrides[found]
 
 
 def parse(config: Mapping[str, Any]) -> Settings:
@@ -88,22 +91,19 @@ def parse(config: Mapping[str, Any]) -> Settings:
     dynamic, meta = config.get("dynamic") or {}, config.get("meta") or {}
     if not isinstance(dynamic, dict) or not all(isinstance(part, dict) for part in (meta, *dynamic.values())):
         raise ValueError("quantization_config: dynamic, each of its values, and meta must be objects")
-    overrides = []
-    for key, values in dynamic.items():
-        sign, pattern = (key[:2], key[2:]) if key[:2] in ("+:", "-:") else ("+:", key)
-        try:
-            compiled = re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"quantization_config: dynamic key {key!r} is no regular expression ({error})") from error
-        if sign == "+:":
-            overrides.append((compiled, WeightSettings.from_config({**config, **values})))
+    overrides = {key.removeprefix("+:"): values for key, values in dynamic.items() if not key.startswith("-:")}
+    try:
+        patterns = FirstMatch(list(overrides))
+    except ValueError as error:
+        raise ValueError(f"quantization_config: dynamic: {error}") from error
     dtypes = meta.get("dtypes") or {}
     if not isinstance(dtypes, dict) or not all(dtype in DTYPES for dtype in dtypes.values()):
         raise ValueError(f"quantization_config: meta.dtypes must be an object whose values are each one of {DTYPES}")
     return Settings(
         version=version,
         weights=WeightSettings.from_config(config),
-        overrides=tuple(overrides),
+        patterns=patterns,
+        overrides=tuple(WeightSettings.from_config({**config, **values}) for values in overrides.values()),
         written_by_gptqmodel="gptqmodel" in str(meta.get("quantizer", "")).lower(),
         dtypes=dtypes,
     )

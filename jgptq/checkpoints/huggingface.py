@@ -40,19 +40,30 @@ class Checkpoint:
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Reads the JSON and the safetensors headers of a model directory.
 
-    `quantization` is config.json's quantization_config, or quantize_config.json as older writers left it.
+    `quantization` is config.json's quantization_config, or what older writers left in its place.
     Raises FileNotFoundError for what is missing and ValueError for what is broken, each naming the file.
     """
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} has no config.json; give a Hugging Face model directory")
     config = read_json(directory / "config.json")
-    quantization = config.get("quantization_config")
-    if quantization is None and (directory / "quantize_config.json").is_file():
-        quantization = read_json(directory / "quantize_config.json")
-    if quantization is not None and not isinstance(quantization, dict):
-        raise ValueError(f"{directory / 'config.json'}: quantization_config is {quantization!r}; it must be an object")
+    quantization = _quantization(directory, config)
     tensors = _stored_tensors(_weights(directory, quantization or {}))
     return Checkpoint(directory=directory, config=config, quantization=quantization, tensors=tensors)
+
+
+def _quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the weights are packed: quantization_config, a compression_config, or a file of AutoGPTQ or AutoAWQ."""
+    found = config.get("quantization_config")
+    if isinstance(found, dict) and isinstance(found.get("quantization_config"), dict):  # by transformers 4
+        found = {**found, **found["quantization_config"]}
+    if found is None and (found := config.get("compression_config")) is not None:  # by llm-compressor's forerunner
+        found = {**found, "quant_method": "compressed-tensors"} if isinstance(found, dict) else found
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if found is None and (directory / name).is_file():
+            found = {"quant_method": method, **read_json(directory / name)}
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"{directory / 'config.json'}: quantization_config is {found!r}; it must be an object")
+    return found
 
 
 def locate(path: str | Path) -> Path:

@@ -15,14 +15,27 @@ pack = jax.jit(packing.pack, static_argnames="bits")
 unpack = jax.jit(packing.unpack, static_argnames=("bits", "length"))
 
 FLOATS = ("F16", "BF16", "F32")
+LOGICAL_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpectedTensor:
-    """A tensor a checkpoint must hold: its shape, and the dtypes allowed, in safetensors' names."""
+    """A tensor a checkpoint must hold: its shape, and the dtypes allowed, in safetensors' names.
+
+    older: the same tensor as earlier versions of the format stored it, which is read too.
+    """
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
+    older: "ExpectedTensor | None" = None
+
+    def problem(self, shape: tuple[int, ...], dtype: str) -> str | None:
+        """What is wrong with a tensor of this shape and dtype, in words; None if it is as expected."""
+        if self.older is not None and self.older.problem(shape, dtype) is None:
+            return None
+        if shape != self.shape:
+            return f"has shape {list(shape)}, not {list(self.shape)}"
+        return None if dtype in self.dtypes else f"has dtype {dtype}, not {' or '.join(self.dtypes)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +83,23 @@ def check_holds(
             for reason, modules in problems.items()
         )
         raise ValueError(f"{format!r} checkpoints cannot hold these weights as they are: {told}")
+
+
+def logical_dtypes(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a quantization_config's meta says of the dtypes of modules' logical arrays; see `meta_of`."""
+    meta = config.get("meta") or {}
+    dtypes = meta.get("dtypes") or {} if isinstance(meta, dict) else None
+    if not isinstance(dtypes, dict):
+        raise ValueError("quantization_config: meta and its dtypes must be objects")
+    if wrong := [dtype for dtype in dtypes.values() if dtype not in LOGICAL_DTYPES]:
+        raise ValueError(f"quantization_config: meta.dtypes has {wrong[0]!r}; each must be one of {LOGICAL_DTYPES}")
+    return dtypes
+
+
+def meta_of(weights: Mapping[str, QuantizedTensor], dtype: Any) -> dict[str, Any]:
+    """A quantization_config's meta: the dtypes of logical arrays where these are not the model's `dtype`."""
+    dtypes = {module: np.dtype(weight.dtype).name for module, weight in weights.items() if weight.dtype != dtype}
+    return {"dtypes": dtypes} if dtypes else {}
 
 
 def with_head(left: Sequence[str], weights: Mapping[str, QuantizedTensor]) -> list[str]:

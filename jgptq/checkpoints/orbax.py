@@ -127,7 +127,13 @@ def _read_static(file: Path) -> dict[str, dict[str, Any]]:
 
 def _parse_static(static: Mapping[str, Any]) -> dict[str, Any]:
     bits, group_size, dtype = static["bits"], static["group_size"], static["dtype"]
-    if bits not in grids.BITS or type(group_size) is not int or group_size < 1 or dtype not in FLOATS:
+    if (
+        type(bits) is not int
+        or bits not in grids.BITS
+        or type(group_size) is not int
+        or group_size < 1
+        or dtype not in FLOATS
+    ):
         raise ValueError(f"bits={bits!r}, group_size={group_size!r}, dtype={dtype!r}")
     layout = Layout(**{name: tuple(map(int, value)) for name, value in static["layout"].items()})
     roles = sorted(layout.batch_axes + layout.in_axes + layout.out_axes)

@@ -53,20 +53,23 @@ def load(
         raise ValueError(f"dtype={dtype!r}; give a floating-point dtype, or None to keep what is stored")
     if lazy and sharding is not None:
         raise ValueError("lazy=True leaves parameters on disk, where sharding says nothing; give one of them")
-    place = Path(path) if Path(path).is_file() else huggingface.locate(path)
-    if orbax.recognizes(place):
-        return orbax.load(place, dtype=dtype, placing=_placing(sharding))
-    if gguf.recognizes(place):
-        model, params = gguf.load(place, dtype=dtype, lazy=True)
-    else:
-        model, params = _load_directory(huggingface.open_checkpoint(place), dtype)
-    if lazy:
-        return model, params
-    return model, jax.tree_util.tree_map_with_path(lambda keys, leaf: _on_device(keys, leaf, sharding), params)
+
+    def place(keys: Sequence[Any], leaf: Any) -> Any:
+        return leaf if lazy else _on_device(keys, leaf, sharding)
+
+    source = Path(path) if gguf.recognizes(Path(path)) else huggingface.locate(path)
+    if orbax.recognizes(source):
+        return orbax.load(source, dtype=dtype, placing=_placing(sharding))
+    if gguf.recognizes(source):
+        model, params = gguf.load(source, dtype=dtype, lazy=True)
+        return model, jax.tree_util.tree_map_with_path(place, params)
+    return _load_directory(huggingface.open_checkpoint(source), dtype, place)
 
 
-def _load_directory(checkpoint: huggingface.Checkpoint, dtype: Any | None) -> tuple[LanguageModel, dict]:
-    """A Hugging Face directory's model, and its parameters with the float ones lazy."""
+def _load_directory(
+    checkpoint: huggingface.Checkpoint, dtype: Any | None, place: Callable[[Sequence[Any], Any], Any]
+) -> tuple[LanguageModel, dict]:
+    """A Hugging Face directory's model, and its parameters; each goes to its place before the next is read."""
     try:
         model = language_model(checkpoint.config, checkpoint.directory, tensors=len(checkpoint.tensors))
     except ValueError as error:
@@ -78,14 +81,30 @@ def _load_directory(checkpoint: huggingface.Checkpoint, dtype: Any | None) -> tu
     _check(checkpoint, jax.tree.leaves(plans))
     _warn_of_unused(checkpoint, model, jax.tree.leaves(plans))
     stored_dtype = _stored_dtype(checkpoint)
-    return model, jax.tree.map(lambda plan: _read(checkpoint, plan, packing, settings, dtype, stored_dtype), plans)
+
+    def read(keys: Sequence[Any], plan: _Plan) -> Any:
+        leaf = _read(checkpoint, plan, packing, settings, dtype, stored_dtype)
+        return jax.tree_util.tree_map_with_path(lambda inner, part: place((*keys, *inner), part), leaf)
+
+    return model, jax.tree_util.tree_map_with_path(read, plans)
 
 
 def _placing(sharding: jax.sharding.Sharding | Placing | None) -> Placing:
-    if callable(sharding):
-        return sharding
+    """Where an array is to be, by its path; ValueError that names it where its axes cannot be divided so."""
     one = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return lambda path, spec: one
+
+    def place(path: str, spec: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+        chosen = sharding(path, spec) if callable(sharding) else one
+        try:
+            chosen.shard_shape(spec.shape)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} of shape {list(spec.shape)} cannot have the sharding {chosen}; give a function that chooses "
+                "one for each array"
+            ) from error
+        return chosen
+
+    return place
 
 
 def _on_device(keys: Sequence[Any], leaf: Any, sharding: jax.sharding.Sharding | Placing | None) -> Array:
@@ -186,7 +205,7 @@ def _packing(checkpoint: huggingface.Checkpoint) -> tuple[Format | None, Any]:
     if checkpoint.quantization is None:
         return None, None
     name = checkpoint.quantization.get("quant_method", "gptq")
-    if name not in PACKINGS:
+    if not isinstance(name, str) or name not in PACKINGS:
         raise ValueError(f"{checkpoint.directory}: quant_method={name!r} is not supported; known are {list(PACKINGS)}")
     try:
         return PACKINGS[name], PACKINGS[name].parse(checkpoint.quantization)
@@ -236,10 +255,8 @@ def _check(checkpoint: huggingface.Checkpoint, plans: Sequence[_Plan]) -> None:
             stored = checkpoint.tensors.get(name)
             if stored is None:
                 problems.append(f"{name} is missing")
-            elif stored.shape != wanted.shape:
-                problems.append(f"{name} has shape {list(stored.shape)}, not {list(wanted.shape)}")
-            elif stored.stored_dtype not in wanted.dtypes:
-                problems.append(f"{name} has dtype {stored.stored_dtype}, not {' or '.join(wanted.dtypes)}")
+            elif problem := wanted.problem(stored.shape, stored.stored_dtype):
+                problems.append(f"{name} {problem}")
     if problems:
         raise ValueError(f"{checkpoint.directory} does not fit its config.json: {'; '.join(problems)}")
 
@@ -301,9 +318,18 @@ def _read_float(stored: StoredTensor, transposed: bool, dtype: Any | None) -> La
 def _stack(
     checkpoint: huggingface.Checkpoint, modules: Sequence[str], weights: Sequence[QuantizedTensor]
 ) -> QuantizedTensor:
+    if len({weight.symmetric for weight in weights}) > 1:  # AWQ does not say which are: those with all zeros alike
+        weights = [_with_zeros(weight) for weight in weights]
     if len({(jax.tree.structure(weight), weight.scales.dtype) for weight in weights}) > 1:
         raise ValueError(
             f"{checkpoint.directory}: {modules[0]} to {modules[-1]} are packed in different ways; experts of one layer "
             "must have the same bits, group size, symmetry and order of inputs"
         )
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *weights)
+
+
+def _with_zeros(weight: QuantizedTensor) -> QuantizedTensor:
+    """The same weight with the zeros of a symmetric grid written out."""
+    if not weight.symmetric:
+        return weight
+    return dataclasses.replace(weight, zeros=jnp.full(weight.scales.shape, 2 ** (weight.bits - 1), jnp.uint8))

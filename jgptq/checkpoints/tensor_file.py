@@ -30,6 +30,7 @@ DTYPES = {
     "I32": np.dtype(np.int32),
     "U32": np.dtype(np.uint32),
     "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

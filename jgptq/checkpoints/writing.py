@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.checkpoints import gguf, gguf_tokenizer, huggingface, orbax, tensor_file
+from jgptq.checkpoints import gguf, gguf_file, gguf_tokenizer, huggingface, orbax, tensor_file
 from jgptq.checkpoints.formats import FORMATS, PACKINGS
 from jgptq.checkpoints.layout import ExpectedTensor, Format
 from jgptq.models import LanguageModel
@@ -29,6 +30,7 @@ from jgptq.tensor import Layout, QuantizedTensor
 
 # Of a source's config.json: how it was packed and in what dtype, and what names code that is not copied.
 NOT_KEPT = ("quantization_config", "compression_config", "dtype", "torch_dtype", "auto_map")
+FLOATS = ("float32", "float16", "bfloat16")
 COPIED = (
     "tokenizer.json",
     "tokenizer.model",
@@ -62,7 +64,8 @@ def save(
 
     Everything is written beside `path` under a hidden name, synced to disk and renamed. Raises FileExistsError if
     `path` exists, and ValueError for parameters that are not this model's or that the format cannot hold. What GGUF
-    holds only nearly is in a UserWarning, with the largest change.
+    holds only nearly is in a UserWarning, with the largest change; as are scales that the other readers of a format
+    round to float16, though `load` does not.
     """
     path = Path(path)
     if path.exists() or path.is_symlink():
@@ -143,8 +146,15 @@ def _check(model: LanguageModel, params: Mapping, *, kernels_only: bool) -> None
     problems += [f"{_dotted(path)} is no parameter of this model" for path in given if path not in wanted]
     for path in (path for path in given if path in wanted):
         leaf, shape = given[path], wanted[path].shape
-        if tuple(leaf.shape) != shape:
+        kind = getattr(leaf, "dtype", None)
+        if kind is None:
+            problems.append(f"{_dotted(path)} is {leaf!r}, not an array")
+        elif tuple(leaf.shape) != shape:
             problems.append(f"{_dotted(path)} has shape {list(leaf.shape)}, not {list(shape)}")
+        elif jnp.dtype(kind).name not in FLOATS:
+            problems.append(
+                f"{_dotted(path)} is {jnp.dtype(kind)}; cast it to {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
+            )
         elif kernels_only and isinstance(leaf, QuantizedTensor) and not _fits(model, path, leaf):
             problems.append(
                 f"{_dotted(path)} is packed, which only (in, out) kernels can be in this format; dequantize it, or "
@@ -176,7 +186,34 @@ def _config(model: LanguageModel, params: Mapping, packing: Format) -> dict[str,
     if not packed:
         return config
     left = [module for module in kernels if module not in packed]
+    _warn_of_rounding(packing.name, packed)
     return config | {"quantization_config": packing.describe(packed, left, dtype)}
+
+
+def _warn_of_rounding(format: str, weights: Mapping[str, QuantizedTensor]) -> None:
+    """AutoAWQ, GPTQModel and vLLM hold scales in float16; in compressed-tensors they are of the model's dtype."""
+    exact = (jnp.float16, jnp.bfloat16) if format == "compressed-tensors" else (jnp.float16,)
+    changes = {
+        module: change
+        for module, weight in weights.items()
+        if weight.scales.dtype not in exact and (change := _rounding(np.asarray(weight.scales, np.float32)))
+    }
+    if changes:
+        largest = max(changes, key=changes.get)
+        warnings.warn(
+            f"scales of {len(changes)} weights are {weights[largest].scales.dtype}; other readers of {format!r} "
+            f"checkpoints round them to float16, which changes them by up to {changes[largest]:.1g} of themselves "
+            f"({largest}); quantize with Grid(scale_dtype='float16')",
+            stacklevel=5,
+        )
+
+
+def _rounding(scales: np.ndarray) -> float:
+    """The largest relative change by rounding to float16; infinite beyond its range."""
+    with np.errstate(over="ignore"):
+        change = np.abs(scales.astype(np.float16).astype(np.float32) - scales)
+    changed = change > 0
+    return float(np.max(np.divide(change, np.abs(scales), out=np.zeros_like(scales), where=changed), initial=0))
 
 
 def _plain_config(model: LanguageModel) -> dict[str, Any]:
@@ -287,12 +324,23 @@ def _copy_tokenizer(source: str | Path | None, directory: Path) -> None:
     if source is None:
         return
     if Path(source).is_file():
-        with contextlib.suppress(ValueError):
-            gguf_tokenizer.read_tokenizer(source).save(str(directory / "tokenizer.json"))
+        _write_tokenizer(Path(source), directory)
         return
     for name in COPIED:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, directory / name)
+
+
+def _write_tokenizer(source: Path, directory: Path) -> None:
+    """The tokenizer and the chat template of a GGUF file; a UserWarning for a tokenizer that is not understood."""
+    metadata = gguf_file.read_file(source).metadata
+    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    try:
+        gguf_tokenizer.read_tokenizer(source).save(str(directory / "tokenizer.json"))
+    except ValueError as error:
+        if metadata.get("tokenizer.ggml.model", "none") != "none":
+            warnings.warn(f"no tokenizer is written: {error}", stacklevel=4)
 
 
 def _sync(path: Path) -> None:

@@ -30,7 +30,8 @@ ACT_ORDERS = (False, True, "static", "group")
 
 # Inputs that go one by one before a matrix product takes over; 8 to 32 time alike on a CPU.
 STRIP = 16
-# Outputs solved at once, at most: more take memory and little less time.
+# Outputs solved at once on a CPU, at most: more take memory and little less time. Elsewhere all are: inputs go one by
+# one, and it is outputs that fill a GPU.
 TILE = 512
 # Earlier inputs in one product of the outermost sum: long enough to run at full speed.
 CHUNK = 512
@@ -147,7 +148,8 @@ def _solve(w, prepared, grid, act_order, block_size, fit):
         grids_used = rows or solution
         return solution.codes, grids_used.scales, grids_used.zeros, solution.loss, added
 
-    size = max(size for size in range(1, min(TILE, out_features) + 1) if out_features % size == 0)
+    most = min(TILE if jax.default_backend() == "cpu" else out_features, out_features)
+    size = max(size for size in range(1, most + 1) if out_features % size == 0)
     size = size if size >= TILE // 4 else out_features
     *parts, loss, added = lax.map(outputs, jnp.arange(0, out_features, size))
     codes, scales, zeros = (jnp.moveaxis(part, 0, 1).reshape(-1, out_features) for part in parts)

@@ -50,6 +50,7 @@ CASES = {
     "qwen3_moe": DECODER
     | {
         "model_type": "qwen3_moe",
+        "intermediate_size": 4096,  # which no tensor has, if all layers have experts
         "head_dim": 32,
         "moe_intermediate_size": 32,
         "num_experts": 4,

@@ -1,8 +1,8 @@
 """AWQ, compressed-tensors and Orbax: known words, whole checkpoints there and back, and what each refuses."""
 
 import dataclasses
-import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +14,12 @@ import numpy as np
 import orbax.checkpoint
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models
 
 import jgptq
 from jgptq import packing, tensor
-from jgptq.checkpoints import awq
+from jgptq.checkpoints import awq, patterns
+from jgptq.checkpoints.patterns import FirstMatch
 from jgptq.models import language_model
 
 CONFIG = {
@@ -126,6 +128,16 @@ def test_awq_words_hold_outputs_in_the_order_its_kernels_want(model, tmp_path):
         np.testing.assert_array_equal(scales[group_of] * (codes - zeros[group_of]), matrix)
 
 
+def test_awq_translates_large_weights_some_inputs_at_a_time(model, monkeypatch, tmp_path):
+    params, _ = packed_params(model)
+    jgptq.save(tmp_path / "whole", model, params, format="awq")
+    monkeypatch.setattr(awq, "CODES_AT_ONCE", 40 * 96)  # 96 inputs in runs of 40
+    jgptq.save(tmp_path / "runs", model, params, format="awq")
+    whole, runs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "runs"))
+    assert whole == runs
+    assert_identical(jgptq.load(tmp_path / "runs")[1], params)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_compressed_tensors_are_the_transposes_of_gptqs(bits, model, tmp_path):
     params, matrices = packed_params(model, bits=bits)
@@ -231,6 +243,9 @@ CONFIGS = [
     ("awq", lambda q: q.update(group_size=-5), r"group_size=-5"),
     ("awq", lambda q: q.update(group_size=10**9), r"AWQ needs whole groups of 1000000000 inputs"),
     ("awq", lambda q: q.update(meta=3), r"meta and its dtypes must be objects"),
+    ("awq", lambda q: q.update(meta={"dtypes": {"a": "evil"}}), r"meta.dtypes has 'evil'; each must be one of"),
+    ("awq", lambda q: (q.pop("version"), q.update(checkpoint_format="gemv")), r"version='gemv'"),
+    ("awq", lambda q: q.update(quant_method=["awq"]), r"quant_method=\['awq'\] is not supported"),
     ("awq", lambda q: q.update(quant_method="hqq"), r"quant_method='hqq' is not supported; known are \['gptq', 'awq'"),
     ("compressed-tensors", lambda q: q.update(format="int-quantized"), r"format='int-quantized'"),
     ("compressed-tensors", lambda q: q.update(config_groups={}), r"config_groups must be an object with at least one"),
@@ -246,6 +261,42 @@ CONFIGS = [
         "compressed-tensors",
         lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8}),
         r"group_0 quantizes activations",
+    ),
+    (
+        "compressed-tensors",
+        lambda q: q["config_groups"]["group_0"].update(targets=[r"re:(([a-z_.0-9]+)+)+$x"]),
+        r"no config group .* targets",
+    ),
+    ("compressed-tensors", lambda q: q["config_groups"]["group_0"].update(targets=["re:(?i)a"]), r"has flags"),
+    (
+        "compressed-tensors",
+        lambda q: q["config_groups"]["group_0"].update(format="int-quantized"),
+        r"group_0 has format",
+    ),
+    (
+        "compressed-tensors",
+        lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=4.0),
+        r"4\.0 bits of type 'int'; this reads",
+    ),
+    (
+        "compressed-tensors",
+        lambda q: q["config_groups"]["group_0"]["weights"].update(symmetric="false"),
+        r"symmetric='false'; true or false",
+    ),
+    (
+        "compressed-tensors",
+        lambda q: q["config_groups"]["group_0"]["weights"].update(actorder="dynamic"),
+        r"q_proj.weight_g_idx is missing",
+    ),
+    (
+        "compressed-tensors",
+        lambda q: q.update(sparsity_config={"format": "sparse-24-bitmask"}),
+        r"weights that are dense",
+    ),
+    (
+        "compressed-tensors",
+        lambda q: q.update(transform_config={"config_groups": {"u": {}}}),
+        r"rotations of activations",
     ),
     (
         "compressed-tensors",
@@ -286,6 +337,127 @@ def test_a_config_that_is_not_understood_is_refused(format, change, message, sav
     (tmp_path / "out" / "quantize_config.json").unlink()
     with pytest.raises(ValueError, match=message):
         jgptq.load(tmp_path / "out")
+
+
+EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+
+
+def written_by_transformers_4(config):
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "quantization_config": config["quantization_config"],
+        "sparsity_config": {},
+    }
+
+
+def written_by_sparseml(config):
+    config["compression_config"] = config.pop("quantization_config") | {"quant_method": "sparseml"}
+
+
+def with_defaults(config):
+    config["quantization_config"] |= {"ignore": None, "kv_cache_scheme": None, "sparsity_config": {"format": "dense"}}
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group |= {"input_activations": None, "output_activations": None, "format": "pack-quantized"}
+    group["weights"] |= {"actorder": "static", "block_structure": None, "dynamic": False, "observer": "minmax"}
+
+
+def with_another_group(config):
+    """The one of the head, though it comes first, is not that of a class of modules."""
+    groups = config["quantization_config"]["config_groups"]
+    other = {"group_1": {"targets": ["lm_head"], "weights": EIGHT_BITS}}
+    config["quantization_config"]["config_groups"] = other | groups
+
+
+def with_patterns(config):
+    """A name goes before patterns, a pattern before classes, whatever the order of the groups."""
+    groups = config["quantization_config"]["config_groups"]
+    right, wrong = groups["group_0"]["weights"], EIGHT_BITS
+    config["quantization_config"]["config_groups"] = {
+        "class": {"targets": ["Linear"], "weights": wrong},
+        "pattern": {"targets": [r"re:.*(q|k|v|o|gate|up)_proj$", "re:z.*"], "weights": right},
+        "wide": {"targets": ["re:model.*"], "weights": wrong},
+        "name": {"targets": ["model.layers.0.mlp.down_proj"], "weights": right},
+    }
+
+
+def written_by_autoawq(config):
+    config["quantization_config"] = {
+        **{"quant_method": "awq", "zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"},
+        "modules_to_not_convert": None,
+    }
+
+
+OF_OTHERS = [
+    ("compressed-tensors", written_by_transformers_4),
+    ("compressed-tensors", written_by_sparseml),
+    ("compressed-tensors", with_defaults),
+    ("compressed-tensors", with_another_group),
+    ("compressed-tensors", with_patterns),
+    ("awq", written_by_autoawq),
+]
+
+
+@pytest.mark.parametrize(("format", "change"), OF_OTHERS)
+def test_configs_as_others_write_them_are_read(format, change, model, saved, tmp_path):
+    shutil.copytree(saved / format, tmp_path / "out")
+    (tmp_path / "out" / "quantize_config.json").unlink()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    change(config)
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert_identical(jgptq.load(tmp_path / "out")[1], packed_params(model)[0])
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_zero_points_that_older_versions_left_unpacked_are_read(beyond, model, saved, tmp_path):
+    shutil.copytree(saved / "compressed-tensors", tmp_path / "out")
+    stored, params = load_file(tmp_path / "out" / "model.safetensors"), packed_params(model)[0]
+    for name in [name for name in stored if name.endswith("weight_zero_point")]:
+        zeros = np.asarray(leaf_of(params, name.rpartition(".")[0]).zeros).T.astype(np.int8) - np.int8(8)
+        stored[name] = np.ascontiguousarray(np.where(zeros == 7, zeros + np.int8(beyond), zeros))
+    save_file(stored, tmp_path / "out" / "model.safetensors")
+    if beyond:
+        with pytest.raises(ValueError, match=r"weight_zero_point has values -8 \.\. 8; 4 bits are -8 \.\. 7"):
+            jgptq.load(tmp_path / "out")
+    else:
+        assert_identical(jgptq.load(tmp_path / "out")[1], params)
+
+
+def test_patterns_match_what_those_of_python_match():
+    random = np.random.default_rng(0)
+    pieces = [
+        *"am1.^$",
+        r"\d+",
+        r"\.",
+        "[a-z_]",
+        "[^.]",
+        "layers",
+        ".*?",
+        "(q|k|v)",
+        "(?!.*mlp)",
+        "(?=m)",
+        "(l.|la|lay)+",
+    ]
+    pieces += ["(a|.)*", ".{3,5}", r"(?:.\.?){2,}", "(|a)", "(a*)*", r"\w", r"[\W]"]
+    names = ["model.layers.0.mlp.up_proj", "model.layers.11.self_attn.q_proj", "lm_head", ""]
+    matched = 0
+    for _ in range(60):
+        pattern = "".join(random.choice(pieces, random.integers(1, 6)))
+        for name in names:
+            wanted = re.match(pattern, name) is not None
+            assert (FirstMatch([pattern])(name) == 0) == wanted, (pattern, name)
+            matched += wanted
+    assert 20 < matched < 220
+
+
+def test_patterns_that_take_too_long_are_refused(monkeypatch):
+    monkeypatch.setattr(patterns, "MAX_STEPS", 2000)
+    with pytest.raises(ValueError, match=r"the pattern '.* takes too long to match"):
+        FirstMatch(["(.*)*" * 20 + "x"])("model.layers.11.self_attn.q_proj")
+
+
+def test_the_first_pattern_to_match_counts():
+    several = [r"^lm_head$", r"^a\.b$", r".*b", r"^c\.b$"]
+    assert [FirstMatch(several)(name) for name in ("a.b", "c.b", "lm_head", "d")] == [1, 2, 0, None]
 
 
 def test_a_weight_shape_that_disagrees_is_refused(saved, tmp_path):
@@ -331,15 +503,13 @@ DAMAGED_ORBAX = [
 ]
 
 
-# TensorStore's callbacks find Orbax's event loop closed after a failure.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("orbax_leavings")
 @pytest.mark.parametrize(("damage", "message"), DAMAGED_ORBAX)
 def test_a_damaged_orbax_directory_is_refused(damage, message, saved, tmp_path):
     shutil.copytree(saved / "orbax", tmp_path / "out")
     damage(tmp_path / "out")
     with pytest.raises(ValueError, match=message):
         jgptq.load(tmp_path / "out")
-    gc.collect()  # reports them here, and not in another test
 
 
 def test_orbax_itself_saves_and_restores_packed_pytrees(tmp_path):
@@ -374,6 +544,13 @@ def test_arrays_are_restored_to_the_shards_asked_for(saved):
             np.testing.assert_allclose(
                 jax.jit(model.apply)(params, tokens), jax.jit(model.apply)(plain, tokens), atol=1e-4
             )
+            thirds = jax.sharding.Mesh(np.array(jax.devices()[:3]), ("model",))
+            try:
+                jgptq.load("{saved}/" + format, sharding=NamedSharding(thirds, P("model")))
+            except ValueError as error:
+                assert "kernel" in str(error) and "cannot have the sharding" in str(error), error
+            else:
+                raise AssertionError("nothing said")
         print("equal")
         """
     )
@@ -408,3 +585,78 @@ def test_a_stack_of_layouts_that_only_orbax_holds(model, tmp_path):
         jgptq.save(tmp_path / "out", model, params)
     jgptq.save(tmp_path / "out", model, params, format="orbax")
     assert_identical(jgptq.load(tmp_path / "out")[1], params)
+
+
+@pytest.mark.parametrize("format", ["awq", "compressed-tensors"])
+def test_the_dtype_a_weight_stands_for_is_kept_where_it_is_not_the_models(format, model, tmp_path):
+    params, _ = packed_params(model)
+    mlp = params["model"]["layers"][0]["mlp"]
+    mlp["up_proj"]["kernel"] = dataclasses.replace(mlp["up_proj"]["kernel"], dtype=jnp.dtype("bfloat16"))
+    jgptq.save(tmp_path / "out", model, params, format=format)
+    assert_identical(jgptq.load(tmp_path / "out")[1], params)
+
+
+@pytest.mark.parametrize("format", ["awq", "compressed-tensors"])
+def test_scales_that_other_readers_round_are_told(format, model, tmp_path):
+    params, _ = packed_params(model)
+    mlp = params["model"]["layers"][0]["mlp"]
+    kernel = mlp["up_proj"]["kernel"]
+    # Half a step between two float16 numbers: 2^-11 of 1.
+    scales = jnp.full_like(kernel.scales, 1 + 2**-11, jnp.float32)
+    mlp["up_proj"]["kernel"] = dataclasses.replace(kernel, scales=scales)
+    with pytest.warns(
+        UserWarning, match=r"scales of 1 weights are float32; .* up to 0\.0005 of themselves \(.*up_proj\)"
+    ):
+        jgptq.save(tmp_path / "out", model, params, format=format)
+    assert_identical(jgptq.load(tmp_path / "out")[1], params)
+
+
+@pytest.mark.parametrize("format", ["gptq", "orbax"])
+@pytest.mark.parametrize(
+    ("leaf", "message"), [(jnp.zeros((64, 48), jnp.int8), r"is int8; cast"), (1.0, r"is 1\.0, not")]
+)
+def test_leaves_that_are_no_parameters_are_refused(leaf, message, format, model, tmp_path):
+    params, _ = packed_params(model)
+    with pytest.raises(ValueError, match=rf"lm_head\.kernel {message}"):
+        jgptq.save(tmp_path / "out", model, params | {"lm_head": {"kernel": leaf}}, format=format)
+
+
+def test_experts_may_have_all_zeros_alike(tmp_path):
+    """AWQ does not say that they are symmetric, and the others of their stack are not."""
+    sizes = {"num_local_experts": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = language_model({**CONFIG, **sizes, "model_type": "mixtral"})
+    random = np.random.default_rng(4)
+
+    def leaf(spec):
+        if len(spec.shape) < 3:
+            return jnp.zeros(spec.shape, jnp.float32)
+        parts = [random_weight(random, spec.shape[1:])[0] for _ in range(2)]
+        parts[1] = dataclasses.replace(parts[1], zeros=jnp.full_like(parts[1].zeros, 8))
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
+
+    params = jax.tree.map(leaf, model.parameter_shapes)
+    jgptq.save(tmp_path / "out", model, params, format="awq")
+    assert_identical(jgptq.load(tmp_path / "out")[1], params)
+
+
+def test_a_chat_template_comes_back_from_a_gguf(model, tmp_path):
+    params, _ = packed_params(model, symmetric=True)
+    jgptq.save(tmp_path / "first", model, params, extra_files={"chat_template.jinja": "{{ messages[0].content }}\n"})
+    first, read = jgptq.load(tmp_path / "first")
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "first" / "tokenizer.json"))
+    with pytest.warns(UserWarning, match=r"no tokenizer that llama.cpp reads"):
+        jgptq.save(tmp_path / "out.gguf", first, read, format="gguf")
+    again, read = jgptq.load(tmp_path / "out.gguf")
+    jgptq.save(tmp_path / "second", again, read)
+    for name in ("chat_template.jinja", "tokenizer.json"):
+        assert (tmp_path / "second" / name).is_file()
+    assert (tmp_path / "second" / "chat_template.jinja").read_text() == "{{ messages[0].content }}\n"
+    with open(tmp_path / "out.gguf", "rb+") as file:
+        content = file.read().replace(
+            b"tokenizer.ggml.model\x08\0\0\0\x04\0\0\0\0\0\0\0none",
+            b"tokenizer.ggml.model\x08\0\0\0\x04\0\0\0\0\0\0\0else",
+        )
+        file.seek(0)
+        file.write(content.replace(b"tokenizer.huggingface.json", b"tokenizer.huggingface.jsom"))
+    with pytest.warns(UserWarning, match=r"no tokenizer is written: .*its tokenizer is 'else'"):
+        jgptq.save(tmp_path / "third", again, read)

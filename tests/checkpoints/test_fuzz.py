@@ -6,7 +6,6 @@ unpickle, start a process, or make the process grow.
 """
 
 import contextlib
-import gc
 import json
 import os
 import resource
@@ -278,7 +277,7 @@ def check(message, directory):
         assert str(directory) in message, message
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, after a failure
+@pytest.mark.usefixtures("orbax_leavings")
 @pytest.mark.parametrize("kind", CASES)
 def test_a_damaged_checkpoint_is_refused_in_one_line_or_loads(kind, whole):
     outcomes, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -296,7 +295,6 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_or_loads(kind, whole):
                 error.add_note(f"{kind}, seed {seed}")
                 raise
             outcomes.append(message)
-    gc.collect()  # what Orbax leaves behind a failure is reported here, and not in another test
     refused = [message for message in outcomes if message is not None]
     assert len(refused) > len(outcomes) / 4, "the mutations do no damage"
     assert len(set(refused)) > len(refused) / 5, "the mutations are all alike"

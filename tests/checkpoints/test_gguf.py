@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 
 from jgptq import grid, tensor
 from jgptq.checkpoints import gguf as gguf_format
-from jgptq.checkpoints import gguf_config, gguf_file, read_tokenizer
+from jgptq.checkpoints import gguf_file, read_tokenizer
 from jgptq.checkpoints import load as load_directory
+from jgptq.checkpoints.gguf_dialects import DIALECTS
 from jgptq.models import MODELS, language_model
 from jgptq.tensor import QuantizedTensor
 
@@ -98,7 +99,7 @@ def test_transformers_loads_the_same_model(name, tmp_path, without_accelerate):
             values = np.asarray(tensor.dequantize(leaf) if isinstance(leaf, QuantizedTensor) else leaf)
             np.testing.assert_array_equal(weights[stored].numpy(), values.T if transposed else values)
     if config is None:
-        for field in gguf_config.DIALECTS[model.architecture.model_type].keys:
+        for field in DIALECTS[model.architecture.model_type].keys:
             read = getattr(theirs.config, field, None)
             assert read is None or read == pytest.approx(getattr(model.config, field), rel=1e-6)
         if hasattr(model.config, "rope") and name != "gemma3_text":  # which has a rope for each kind of layer
@@ -212,7 +213,15 @@ def test_other_types_are_read_as_floats_and_named(tmp_path):
     np.testing.assert_array_equal(queries[[0, 8, 1, 9]], expected["blk.1.attn_q.weight"][:4])
 
 
-@pytest.mark.parametrize("kind", [kind.name for kind in gguf.quants._type_traits])
+CODED = [name for name, *_ in gguf_file.kinds().values() if name not in gguf_file.PLAIN and gguf_file.readable(name)]
+
+
+def test_llama_cpps_usual_types_are_read():
+    assert {"Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4"} <= set(CODED)
+    assert not {"I8", "I32"} & set(CODED)
+
+
+@pytest.mark.parametrize("kind", CODED)
 def test_every_type_of_ggml_is_read_by_rows(kind, tmp_path):
     number = gguf.GGMLQuantizationType[kind]
     block, block_bytes = gguf.GGML_QUANT_SIZES[number]
@@ -222,6 +231,21 @@ def test_every_type_of_ggml_is_read_by_rows(kind, tmp_path):
     stored = gguf_file.read_file(tmp_path / "t.gguf").tensors["t"]
     expected = gguf.quants.dequantize(raw, number)
     np.testing.assert_array_equal(stored.read(1, 3).astype(np.float32), expected[1:])
+
+
+def test_blocks_are_decoded_a_run_of_rows_at_a_time(tmp_path):
+    raw = np.random.default_rng(0).integers(0, 64, (4096, 2048 // 32 * 34), dtype=np.uint8)
+    specs = {"t": gguf_file.Spec(shape=(4096, 2048), kind="Q8_0")}
+    gguf_file.write_file(tmp_path / "t.gguf", {}, specs, [("t", raw)])
+    stored = gguf_file.read_file(tmp_path / "t.gguf").tensors["t"]
+    leaf = gguf_format.LazyParameter(stored=stored, dtype=np.dtype(np.float16), transposed=True, order=None, offset=0.0)
+    tracemalloc.start()
+    values = leaf[...]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # All at once would be 4 times the result: the numbers in float32, twice.
+    assert peak < 2.5 * values.nbytes
+    np.testing.assert_array_equal(leaf[...][:, 7], stored.read(7, 8)[0].astype(np.float16))
 
 
 def test_a_foreign_minimum_is_kept_as_a_float_zero(tmp_path):
@@ -307,7 +331,7 @@ def test_config_that_gguf_cannot_say_is_refused_by_name(name, changes, message, 
 
 
 def test_model_types_without_an_architecture_are_refused_by_name(tmp_path):
-    assert set(MODELS) - set(gguf_config.DIALECTS) == {"opt", "gpt_neo"}
+    assert set(MODELS) - set(DIALECTS) == {"opt", "gpt_neo"}
     model = language_model(
         {"model_type": "opt", "vocab_size": 32, "hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1}
         | {"num_attention_heads": 2}
@@ -346,6 +370,10 @@ def test_frequency_factors_of_no_known_rule_are_kept(tmp_path):
     specs = {name: gguf_file.Spec(shape=stored.shape, kind=stored.kind) for name, stored in original.tensors.items()}
     gguf_file.write_file(tmp_path / "other.gguf", original.metadata, specs, arrays.items())
     rope = load(tmp_path / "other.gguf", lazy=True)[0].config.rope
+    changed = {**original.metadata, "llama.rope.scaling.factor": 2.0}
+    gguf_file.write_file(tmp_path / "both.gguf", changed, specs, arrays.items())
+    with pytest.raises(ValueError, match=r"both rope_freqs.weight and llama.rope.scaling.factor"):
+        load(tmp_path / "both.gguf")
     assert rope.short_factor == rope.long_factor == (1, 1.5, 1, 2, 1, 3, 1, 4)
     assert (rope.rope_type, rope.attention_factor) == ("longrope", 1.0)
 
@@ -398,6 +426,14 @@ def small(tmp_path_factory):
         ({"llama.attention.head_count": 90, "llama.attention.key_length": 90}, "wider than any tensor"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "a finite float32"),
         ({"llama.rope.scaling.type": "su", "llama.rope.scaling.factor": 2.0}, "rope.scaling.type is 'su'"),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 2.0,
+                "llama.rope.scaling.attn_factor": 2.0,
+            },
+            r"is 'yarn' with \['rope.scaling.attn_factor'\]",
+        ),
         ({"llama.rope.dimension_count": 17}, "rope.dimension_count is 17"),
         ({"llama.rope.dimension_count": 8}, "partial_rotary_factor"),
         ({"llama.context_length": 2.5}, "max_position_embeddings=2.5"),

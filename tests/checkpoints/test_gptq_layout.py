@@ -239,9 +239,16 @@ def test_act_order_is_read_and_written_some_columns_at_a_time(columns, monkeypat
         ({"bits": 4, "pack_dtype": "int64"}, "pack_dtype='int64'; this reads int32"),
         ({"bits": 4, "dynamic": [1]}, "dynamic, each of its values, and meta must be objects"),
         ({"bits": 4, "meta": "x"}, "dynamic, each of its values, and meta must be objects"),
-        ({"bits": 4, "dynamic": {"+:(": {}}}, "dynamic key .* is no regular expression"),
+        ({"bits": 4, "dynamic": {"+:(": {}}}, r"dynamic: .*no regular expression"),
+        ({"bits": 4, "dynamic": {"(a+)\\1": {}}}, r"dynamic: "),
     ],
 )
 def test_unreadable_configs_say_what_is_read(config, message):
     with pytest.raises(ValueError, match=message):
         gptq.parse(config)
+
+
+def test_a_pattern_that_backtracks_for_ever_ends():
+    settings = gptq.parse({"bits": 4, "dynamic": {"+:(([a-z_.0-9]+)+)+$x": {"bits": 8}, r".*\.up_proj": {"bits": 3}}})
+    assert settings.of("model.layers.0.mlp.down_proj.with.a.long.name").bits == 4
+    assert settings.of("model.layers.0.mlp.up_proj").bits == 3

@@ -412,7 +412,7 @@ def test_hub_failure_is_one_line(monkeypatch):
 
 def test_existing_output_is_refused(directory):
     model, params = checkpoints.load(directory)
-    with pytest.raises(FileExistsError, match="model exists; choose a new directory, or remove it first"):
+    with pytest.raises(FileExistsError, match="model exists; choose a new name, or remove it first"):
         checkpoints.save(directory, model, params)
 
 

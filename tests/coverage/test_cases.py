@@ -23,14 +23,6 @@ GRID = Grid(bits=3, group_size=16)
 PLAIN = GPTQ(act_order=False, scale_search=False)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compiling takes nearly all of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 

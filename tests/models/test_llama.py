@@ -126,7 +126,7 @@ def test_layers_trace_to_equal_text():
         ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"hidden_act": "snake"}, "hidden_act='snake' is not supported; choose one of .*silu"),
-        ({"rope_scaling": {"type": "spiral"}}, "rope_type='spiral' is not supported; choose one of .*llama3"),
+        ({"rope_scaling": {"type": "spiral"}}, "rope_type='spiral' is not supported; known are .*llama3"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, r"'llama3' needs .*'high_freq_factor'\] is missing"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "factor=-1.0; give a positive number"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "give one flat object"),
