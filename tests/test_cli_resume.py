@@ -209,9 +209,10 @@ def test_an_interruption_that_is_swallowed_stops_after_the_weight(home, capsys, 
         raise AssertionError("it went on")
 
     monkeypatch.setattr(cli, "quantize", swallowing)
+    before = signal.getsignal(signal.SIGINT)
     assert cli.main(arguments(home, home / "none")) == 130
     assert capsys.readouterr().err == "jgptq: interrupted; nothing was written\n"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_two_runs_to_one_output_are_refused(home, unfinished, capsys):
