@@ -25,6 +25,7 @@ import numpy as np
 from jgptq.checkpoints import gguf, gguf_file, gguf_tokenizer, huggingface, orbax, tensor_file
 from jgptq.checkpoints.formats import FORMATS, PACKINGS
 from jgptq.checkpoints.layout import ExpectedTensor, Format
+from jgptq.kernels.prepack import unprepack
 from jgptq.models import LanguageModel
 from jgptq.tensor import Layout, QuantizedTensor
 
@@ -76,6 +77,7 @@ def save(
         raise FileNotFoundError(f"tokenizer_from={str(tokenizer_from)!r} is not a directory")
     if format == "gguf" and extra_files:
         raise ValueError(f"extra_files has {sorted(extra_files)}, but a GGUF file holds none; write them yourself")
+    params = unprepack(params)
     _check(model, params, kernels_only=format != "orbax")
     tokenizer = tokenizer_from or model.source
     with _appearing(path) as partial:

@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jgptq import tensor
+from jgptq.kernels.prepack import Prepacked
 from jgptq.models.layers import ACTIVATIONS, Group, Linear, precision
 
 
@@ -19,7 +20,7 @@ class ExpertLinear(nnx.Module):
     def __call__(self, x: Float[Array, "rows in"], counts: Int[Array, " experts"]) -> Float[Array, "rows out"]:
         """The first counts[0] rows times the first expert's matrix, the next counts[1] times the second's, and on."""
         kernel = self.kernel.get_value()
-        if isinstance(kernel, tensor.QuantizedTensor):
+        if isinstance(kernel, tensor.QuantizedTensor | Prepacked):
             kernel = kernel.dequantize()
         return lax.ragged_dot(x, kernel.astype(x.dtype), counts, precision=precision(x.dtype))
 

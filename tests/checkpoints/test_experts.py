@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import jgptq
+from jgptq.kernels.prepack import Prepacked
 from jgptq.models import MODELS, LanguageModel
 
 CONFIG = {
@@ -56,3 +57,16 @@ def test_packed_experts_come_back_as_they_were(mixtral, tmp_path):
     jgptq.save(tmp_path / "out", model, packed)
     _, again = jgptq.load(tmp_path / "out", dtype=jnp.float32)
     assert equal_trees(again, packed)
+
+
+@pytest.mark.filterwarnings("ignore::jgptq.quantize.QuantizationWarning")
+def test_prepacked_experts_are_multiplied_and_saved_as_they_were(mixtral, tmp_path):
+    model, params = mixtral
+    batches = [np.random.default_rng(1).integers(0, 64, (2, 16))]
+    packed, _ = jgptq.quantize(model.apply, params, batches, grid=jgptq.Grid(group_size=16), method="rtn")
+    prepacked = jgptq.prepack(packed)
+    experts = prepacked["model"]["layers"][0]["block_sparse_moe"]["experts"]
+    assert isinstance(experts["w1"]["kernel"], Prepacked)
+    np.testing.assert_allclose(model.apply(prepacked, batches[0]), model.apply(packed, batches[0]), atol=1e-5)
+    jgptq.save(tmp_path / "out", model, prepacked)
+    assert equal_trees(jgptq.load(tmp_path / "out", dtype=jnp.float32)[1], packed)
