@@ -326,8 +326,8 @@ def _call(equation: jex.JaxprEqn, called: jex.ClosedJaxpr, operands: list[Any]) 
         return [None if n in handed_on else _array(value) for n, value in enumerate(results)]
 
     prevent_cse = params["prevent_cse"]
-    if isinstance(prevent_cse, tuple):  # one for each operand
-        prevent_cse = tuple(itertools.compress(prevent_cse, floats))
+    if isinstance(prevent_cse, tuple):  # one for each operand; those of the packed weights in `body` are unknown
+        prevent_cse = any(itertools.compress(prevent_cse, floats))
     run = jax.checkpoint(body, prevent_cse=prevent_cse, policy=params["policy"])
     results = run(*itertools.compress(operands, floats))
     return [handed_on.get(number, value) for number, value in enumerate(results)]
