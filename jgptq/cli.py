@@ -36,6 +36,7 @@ from jgptq.perplexity import compare, count_scored, perplexity
 from jgptq.quantize import Options, Row, Rule, quantize
 from jgptq.report import nbytes, read_report, report_html, report_json, report_table, weights_table
 from jgptq.solvers import METHODS
+from jgptq.tensor import QuantizedTensor, from_codes
 
 REPORT_FILE = "quantization_report.json"
 REPORT_PAGE = "quantization_report.html"
@@ -234,9 +235,9 @@ def _quantize(options: argparse.Namespace) -> None:
         raise ValueError(f"--seed {options.seed}; give 0 or a positive integer")
     grid = _grid(options.bits, options.group_size, options.symmetric, "--group-size")
     rules = [_rule(rule, options.symmetric) for rule in options.rules or ()]
-    _check_bits(options.format, [grid, *(other.grid for _, other in rules if other is not None)])
     model, params = load(options.model, lazy=True)
     rules += _left_in_float(model)
+    _check_holds(options.format, model, grid, rules)
     tokenizer = calibration.load_tokenizer(model.source)
     texts = documents.locate(options.calibration)
     window = {
@@ -358,12 +359,28 @@ def _left_in_float(model: Any) -> list[Rule]:
     return [(pattern, None) for pattern in LEFT_IN_FLOAT if fnmatch.filter(paths, pattern)]
 
 
-def _check_bits(format: str, grids: Sequence[Grid]) -> None:
-    """Refuses before hours of work what the format could not hold after them."""
-    allowed = PACKINGS[format].bits
-    if wrong := {grid.bits for grid in grids} - set(allowed):
-        held, asked = (", ".join(map(str, sorted(bits))) for bits in (allowed, wrong))
-        raise ValueError(f"--format {format} holds weights of {held} bits, not of {asked}; choose another")
+def _check_holds(format: str, model: Any, grid: Grid, rules: Sequence[Rule]) -> None:
+    """Refuses before hours of work what the format could not hold after them: kernels by their shapes and grids."""
+    weights = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(model.parameter_shapes):
+        path = ".".join(str(key.key) for key in keys)
+        chosen = next((options for pattern, options in rules if fnmatch.fnmatchcase(path, pattern)), Options())
+        if path.endswith(".kernel") and chosen is not None:
+            weights[path.removesuffix(".kernel")] = _planned(leaf.shape[-2:], chosen.grid or grid)
+    if weights:
+        PACKINGS[format].describe(weights, [], jax.numpy.float32)
+
+
+def _planned(shape: tuple[int, int], grid: Grid) -> QuantizedTensor:
+    """A packed weight without values, as `quantize` would make it."""
+    codes, groups = jax.ShapeDtypeStruct(shape, np.uint32), -(-shape[0] // grid.group_length(shape[0]))
+    scales = jax.ShapeDtypeStruct((groups, shape[1]), grid.scale_dtype)
+    return jax.eval_shape(
+        lambda *arrays: from_codes(*arrays, grid=grid),
+        codes,
+        scales,
+        None if grid.symmetric else scales,
+    )
 
 
 def _rule(arguments: Sequence[str], symmetric: bool) -> Rule:

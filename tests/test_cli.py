@@ -381,7 +381,11 @@ BAD = {
     ),
     "bits that the format does not have": (
         lambda home: quantize_arguments(home, home / "o", "--bits", "3", "--format", "awq"),
-        "--format awq holds weights of 4 bits, not of 3; choose another",
+        "'awq' checkpoints cannot hold these weights as they are: model.layers.0.mlp.down_proj and 13 more: 3 bits",
+    ),
+    "widths that the format does not have": (
+        lambda home: quantize_arguments(home, home / "o", "--format", "compressed-tensors"),
+        "model.layers.0.mlp.down_proj and 1 more: its last group is short: 44 inputs in groups of 16",
     ),
     "weights that the format cannot hold": (
         lambda home: ["convert", str(home / "packed"), str(home / "o"), "--format", "awq"],

@@ -180,7 +180,6 @@ def _from_words(words: np.ndarray) -> np.ndarray:
 
 FORMAT = Format(
     name="awq",
-    bits=(BITS,),
     marker="qweight",
     parse=parse,
     expected=expected,

@@ -261,7 +261,6 @@ def _transposed(array: np.ndarray) -> np.ndarray:
 
 FORMAT = Format(
     name="compressed-tensors",
-    bits=grids.BITS,
     marker="weight_packed",
     parse=parse,
     expected=expected,

@@ -283,7 +283,6 @@ def _common_group_size(weights: Sequence[tensor.QuantizedTensor]) -> int:
 
 FORMAT = Format(
     name="gptq",
-    bits=grids.BITS,
     marker="qweight",
     parse=parse,
     expected=expected,

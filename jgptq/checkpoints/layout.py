@@ -43,7 +43,6 @@ class Format:
     """A row of FORMATS. `Settings` below is the format's own parsed form of config.json's quantization_config.
 
     name: the quant_method it reads and writes.
-    bits: of the weights it can hold.
     marker: the last part of the tensor name that only a packed module has.
     parse: quantization_config -> Settings; ValueError for what is not supported.
     expected: (Settings, module, in_features, out_features) -> tensors by the last part of their names. One that may
@@ -56,7 +55,6 @@ class Format:
     """
 
     name: str
-    bits: tuple[int, ...]
     marker: str
     parse: Callable[[Mapping[str, Any]], Any]
     expected: Callable[[Any, str, int, int], dict[str, ExpectedTensor]]
