@@ -48,7 +48,8 @@ CHAT_TEMPLATE = "put conversations, and texts as the user's message, into the mo
 
 LEFT_IN_FLOAT = ("lm_head.kernel", "embed_out.kernel", "*.gate.kernel")
 
-EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+# JAX 0.11's XLA no longer knows the flag, and ends a process that sets it.
+EMITTERS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
 
 
@@ -331,11 +332,11 @@ def _follow(
 def _spare_memory() -> None:
     """Process-wide settings for a low peak: benchmarks/memory.py says what they save.
 
-    XLA's newer emitters of CPU code take 150 MB more to compile one solve, which is no faster for it. glibc raises the
-    size from which a freed array goes back to the system to that of the largest array freed, unless it is set; what
+    JAX 0.10's newer emitters of CPU code take 150 MB more to compile one solve, which is no faster for it. glibc raises
+    the size from which a freed array goes back to the system to that of the largest array freed, unless it is set; what
     is smaller it keeps in an arena for each thread.
     """
-    if "xla_cpu_use_fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
+    if EMITTERS and "xla_cpu_use_fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{EMITTERS} {os.environ.get('XLA_FLAGS', '')}"
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
