@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import fnmatch
+import functools
 import json
 import math
 import os
@@ -37,6 +38,7 @@ from jgptq.quantize import Options, Row, Rule, quantize
 from jgptq.report import nbytes, read_report, report_html, report_json, report_table, weights_table
 from jgptq.solvers import METHODS
 from jgptq.tensor import QuantizedTensor, from_codes
+from jgptq.tracing.graph import leaf_paths
 
 REPORT_FILE = "quantization_report.json"
 REPORT_PAGE = "quantization_report.html"
@@ -355,16 +357,14 @@ def _grid(bits: int, group_size: int, symmetric: bool, where: str) -> Grid:
 
 def _left_in_float(model: Any) -> list[Rule]:
     """Rules for what checkpoints are expected to have in float: head and routers, for which few readers look packed."""
-    leaves = jax.tree_util.tree_leaves_with_path(model.parameter_shapes)
-    paths = [".".join(str(key.key) for key in keys) for keys, _ in leaves]
+    paths = [path for path, _ in leaf_paths(model.parameter_shapes)]
     return [(pattern, None) for pattern in LEFT_IN_FLOAT if fnmatch.filter(paths, pattern)]
 
 
 def _check_holds(format: str, model: Any, grid: Grid, rules: Sequence[Rule]) -> None:
     """Refuses before hours of work what the format could not hold after them: kernels by their shapes and grids."""
     weights = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(model.parameter_shapes):
-        path = ".".join(str(key.key) for key in keys)
+    for path, leaf in leaf_paths(model.parameter_shapes):
         chosen = next((options for pattern, options in rules if fnmatch.fnmatchcase(path, pattern)), Options())
         if path.endswith(".kernel") and chosen is not None:
             weights[path.removesuffix(".kernel")] = _planned(leaf.shape[-2:], chosen.grid or grid)
@@ -372,16 +372,13 @@ def _check_holds(format: str, model: Any, grid: Grid, rules: Sequence[Rule]) -> 
         PACKINGS[format].describe(weights, [], jax.numpy.float32)
 
 
+@functools.cache
 def _planned(shape: tuple[int, int], grid: Grid) -> QuantizedTensor:
     """A packed weight without values, as `quantize` would make it."""
     codes, groups = jax.ShapeDtypeStruct(shape, np.uint32), -(-shape[0] // grid.group_length(shape[0]))
     scales = jax.ShapeDtypeStruct((groups, shape[1]), grid.scale_dtype)
-    return jax.eval_shape(
-        lambda *arrays: from_codes(*arrays, grid=grid),
-        codes,
-        scales,
-        None if grid.symmetric else scales,
-    )
+    zeros = None if grid.symmetric else scales
+    return jax.eval_shape(lambda *arrays: from_codes(*arrays, grid=grid), codes, scales, zeros)
 
 
 def _rule(arguments: Sequence[str], symmetric: bool) -> Rule:

@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgptq.checkpoints import gguf_blocks, gguf_config, gguf_file, gguf_rope, gguf_tokenizer
+from jgptq.checkpoints.layout import dotted, leaves_by_path
 from jgptq.models import LanguageModel
 from jgptq.models.language_model import ParameterPath
-from jgptq.tensor import Layout, QuantizedTensor
+from jgptq.tensor import QuantizedTensor
 
 # general.file_type of files of which most bytes are of a type.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
@@ -49,8 +50,8 @@ def locate(path: Path) -> Path:
     return files[0]
 
 
-def load(path: Path, *, dtype: Any | None, lazy: bool) -> tuple[LanguageModel, dict]:
-    """The model in a GGUF file, and its parameters; the contract is that of `checkpoints.load`.
+def load(path: Path, *, dtype: Any | None, place: Callable[[Sequence[Any], Any], Any]) -> tuple[LanguageModel, dict]:
+    """The model in a GGUF file, and its parameters; each goes through `place`, by its keys, before the next is read.
 
     A Q4_1 whose minima are no integer multiples of its scales has float32 zeros. Packed weights stand for arrays of
     the embedding's dtype. Types that no QuantizedTensor holds (Q4_K, Q6_K, …), and packed embeddings, are read as
@@ -64,12 +65,9 @@ def load(path: Path, *, dtype: Any | None, lazy: bool) -> tuple[LanguageModel, d
         raise ValueError(f"{file.path} cannot be read: {error}") from error
     _warn(file, plans)
     logical = dtype or file.tensors[gguf_config.EMBEDDING].dtype
-    params = jax.tree_util.tree_map_with_path(
-        lambda keys, _: _read(plans[_path(keys)], dtype, logical), model.parameter_shapes
+    return model, jax.tree_util.tree_map_with_path(
+        lambda keys, _: place(keys, _read(plans[_path(keys)], dtype, logical)), model.parameter_shapes
     )
-    if not lazy:
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf[...], leaf.dtype), params)
-    return model, params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,10 +156,6 @@ def _path(keys: Any) -> ParameterPath:
     return tuple(getattr(key, "key", key) for key in keys)
 
 
-def _dotted(path: ParameterPath) -> str:
-    return ".".join(map(str, path))
-
-
 def _all_plans(model: LanguageModel) -> list[_Plan]:
     flat = jax.tree_util.tree_leaves_with_path(model.parameter_shapes)
     shapes = {_path(keys): leaf.shape for keys, leaf in flat}
@@ -184,7 +178,7 @@ def _plans(file: gguf_file.GGUFFile, model: LanguageModel) -> dict[ParameterPath
     for plan in _all_plans(model):
         stored = file.tensors.get(plan.name)
         if stored is None:
-            problems.append(f"{plan.name or _dotted(plan.path)} is missing")
+            problems.append(f"{plan.name or dotted(plan.path)} is missing")
         elif stored.shape != plan.stored_shape:
             problems.append(f"{plan.name} has shape {list(stored.shape)}, not {list(plan.stored_shape)}")
         elif not gguf_file.readable(stored.kind):
@@ -236,12 +230,12 @@ def save(file: Path, model: LanguageModel, params: Mapping, *, tokenizer_from: s
     with a tokenizer.json, or a GGUF file; None: `model.source`. Without a tokenizer that GGUF knows the file has none,
     which a UserWarning says.
 
-    Raises ValueError before it writes anything for parameters that are not this model's, and for weights or config
-    fields that GGUF cannot hold, all in one line. If float16 cannot hold the minima of Q4_1 exactly, one UserWarning
-    says by how much.
+    Raises ValueError before it writes anything for weights or config fields that GGUF cannot hold, all in one line;
+    that the parameters are this model's is checked by `checkpoints.save`. If float16 cannot hold the minima of Q4_1
+    exactly, one UserWarning says by how much.
     """
     plans = {plan.path: plan for plan in _all_plans(model)}
-    leaves = _leaves(params)
+    leaves = leaves_by_path(params)
     problems, changes = _check(plans, leaves)
     if problems:
         raise ValueError(f"these parameters cannot be saved as GGUF: {'; '.join(problems)}")
@@ -260,31 +254,16 @@ def save(file: Path, model: LanguageModel, params: Mapping, *, tokenizer_from: s
     gguf_file.write_file(file, metadata, specs, _arrays(plans, leaves, extra))
 
 
-def _leaves(tree: Mapping) -> dict[ParameterPath, Any]:
-    """Parameters by path; a QuantizedTensor is one."""
-    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
-    return {_path(keys): leaf for keys, leaf in flat}
-
-
 def _check(
     plans: Mapping[ParameterPath, _Plan], leaves: Mapping[ParameterPath, Any]
 ) -> tuple[list[str], dict[str, float]]:
     """What is wrong, in words, and by how many steps weights change that Q4_1 does not hold exactly."""
-    problems = [f"{_dotted(path)} is missing" for path in plans if path not in leaves]
-    problems += [f"{_dotted(path)} is no parameter of this model" for path in leaves if path not in plans]
-    changes = {}
-    for path in (path for path in leaves if path in plans):
-        plan, leaf, name = plans[path], leaves[path], _dotted(path)
+    problems, changes = [], {}
+    for path, leaf in leaves.items():
+        plan, name = plans[path], dotted(path)
         if plan.name is None:
             problems.append(f"{name} has no place in this architecture's files")
-        elif tuple(leaf.shape) != plan.shape:
-            problems.append(f"{name} has shape {list(leaf.shape)}, not {list(plan.shape)}")
-        elif not isinstance(leaf, QuantizedTensor):
-            if _kind(plan, leaf) is None:
-                problems.append(f"{name} is {jnp.dtype(leaf.dtype).name}; cast it to float32, float16 or bfloat16")
-        elif not plan.transposed or leaf.layout.unstacked() != Layout.dense(*plan.shape[-2:]):
-            problems.append(f"{name} is packed, which only (in, out) kernels can be; dequantize it")
-        else:
+        elif isinstance(leaf, QuantizedTensor):
             refusals, change = _examine(leaf, plan)
             problems += [f"{name} {refusal}" for refusal in refusals]
             if change:

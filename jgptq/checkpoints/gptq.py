@@ -25,6 +25,8 @@ from jgptq.checkpoints.layout import (
     ExpectedTensor,
     Format,
     check_holds,
+    logical_dtypes,
+    meta_of,
     pack,
     pack_rows,
     permutation_of,
@@ -34,7 +36,6 @@ from jgptq.checkpoints.layout import (
 from jgptq.checkpoints.patterns import FirstMatch
 
 VERSIONS = ("gptq", "gptq_v2")
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 CODES_AT_ONCE = 1 << 24  # codes of a weight that are unpacked at once to be put in another order
 
@@ -96,16 +97,13 @@ def parse(config: Mapping[str, Any]) -> Settings:
         patterns = FirstMatch(list(overrides))
     except ValueError as error:
         raise ValueError(f"quantization_config: dynamic: {error}") from error
-    dtypes = meta.get("dtypes") or {}
-    if not isinstance(dtypes, dict) or not all(dtype in DTYPES for dtype in dtypes.values()):
-        raise ValueError(f"quantization_config: meta.dtypes must be an object whose values are each one of {DTYPES}")
     return Settings(
         version=version,
         weights=WeightSettings.from_config(config),
         patterns=patterns,
         overrides=tuple(WeightSettings.from_config({**config, **values}) for values in overrides.values()),
         written_by_gptqmodel="gptqmodel" in str(meta.get("quantizer", "")).lower(),
-        dtypes=dtypes,
+        dtypes=logical_dtypes(config),
     )
 
 
@@ -177,7 +175,6 @@ def describe(weights: Mapping[str, tensor.QuantizedTensor], left: Sequence[str],
     dynamic |= {f"-:^{re.escape(module)}$": {} for module in left if module != "lm_head"}
     version = "gptq" if all(weight.symmetric for weight in every) else "gptq_v2"
     meta = {"quantizer": [f"jgptq:{importlib.metadata.version('jgptq')}"]}
-    dtypes = {module: jnp.dtype(weight.dtype).name for module, weight in weights.items() if weight.dtype != dtype}
     return {
         "quant_method": "gptq",
         **base,
@@ -188,7 +185,7 @@ def describe(weights: Mapping[str, tensor.QuantizedTensor], left: Sequence[str],
         "lm_head": "lm_head" in weights,
         **({"dynamic": dynamic} if dynamic else {}),
         **_modules_in_block(weights, left),
-        "meta": meta | ({"dtypes": dtypes} if dtypes else {}),
+        "meta": meta | meta_of(weights, dtype),
     }
 
 

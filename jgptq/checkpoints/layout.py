@@ -1,7 +1,7 @@
 """What a packed checkpoint format is: a value that names its tensors and translates one module both ways."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,11 @@ pack = jax.jit(packing.pack, static_argnames="bits")
 unpack = jax.jit(packing.unpack, static_argnames=("bits", "length"))
 
 FLOATS = ("F16", "BF16", "F32")
+BROKEN_ZEROS = "its zeros are no whole numbers (it comes from a GGUF file)"
 LOGICAL_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+# Where an array is to be, by its dotted path, its shape and its dtype.
+Placing = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,7 @@ class ExpectedTensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """A row of FORMATS. `Settings` below is the format's own parsed form of config.json's quantization_config.
+    """A row of PACKINGS. `Settings` below is the format's own parsed form of config.json's quantization_config.
 
     name: the quant_method it reads and writes.
     marker: the last part of the tensor name that only a packed module has.
@@ -69,11 +73,8 @@ def check_holds(
     """ValueError that names every weight with a problem, by the first of its kind; zeros must be whole numbers."""
     problems: dict[str, list[str]] = {}
     for module, weight in weights.items():
-        if (
-            reason := problem(weight)
-            if has_integer_zeros(weight)
-            else "its zeros are no whole numbers (it comes from a GGUF file)"
-        ):
+        reason = problem(weight) if has_integer_zeros(weight) else BROKEN_ZEROS
+        if reason:
             problems.setdefault(reason, []).append(module)
     if problems:
         told = "; ".join(
@@ -131,3 +132,13 @@ def permutation_of(name: str, groups: np.ndarray, group_size: int) -> np.ndarray
             "the file is damaged, or its group_size is wrong"
         )
     return permutation
+
+
+def leaves_by_path(tree: Mapping) -> dict[tuple, Any]:
+    """Parameters by path; a QuantizedTensor is one."""
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
+    return {tuple(getattr(key, "key", key) for key in keys): leaf for keys, leaf in flat}
+
+
+def dotted(path: Iterable[Any]) -> str:
+    return ".".join(map(str, path))

@@ -8,7 +8,7 @@ Arrays are written and restored shard by shard, each process its own, as JAX has
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from jgptq import grid as grids
 from jgptq import packing
 from jgptq.checkpoints.huggingface import read_json
+from jgptq.checkpoints.layout import Placing, dotted, leaves_by_path
 from jgptq.models import LanguageModel, language_model
 from jgptq.tensor import Layout, QuantizedTensor
 
@@ -28,7 +29,6 @@ ZEROS = ("uint8", "float32")
 VERSION = 1
 
 Spec = jax.ShapeDtypeStruct
-Placing = Callable[[str, Spec], Any]
 
 
 def recognizes(path: Path) -> bool:
@@ -40,7 +40,7 @@ def save(directory: Path, config: Mapping[str, Any], params: Mapping) -> None:
     """Writes into an existing, empty directory; any layout and any bits can be held, and lazy leaves are all read."""
     import orbax.checkpoint
 
-    leaves = {_dotted(path): leaf for path, leaf in _leaves(params).items()}
+    leaves = {dotted(path): leaf for path, leaf in leaves_by_path(params).items()}
     packed = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, QuantizedTensor)}
     content = {"format": "orbax", "version": VERSION, "packed": {path: _static(leaf) for path, leaf in packed.items()}}
     _write_json(directory / "config.json", config)
@@ -64,7 +64,7 @@ def load(directory: Path, *, dtype: Any | None, placing: Placing) -> tuple[Langu
             model = language_model(read_json(directory / "config.json"), directory, tensors=len(stored))
         except ValueError as error:
             raise ValueError(f"{directory / 'config.json'}: {error}") from error
-        paths = {_dotted(path): shape for path, shape in _leaves(model.parameter_shapes).items()}
+        paths = {dotted(path): shape for path, shape in leaves_by_path(model.parameter_shapes).items()}
         wanted = {path: _wanted(path, shape, static.get(path), stored.get(path)) for path, shape in paths.items()}
         _check(directory, wanted, stored)
         placed = {path: _placed(path, spec, placing) for path, spec in wanted.items()}
@@ -77,17 +77,8 @@ def load(directory: Path, *, dtype: Any | None, placing: Placing) -> tuple[Langu
         for path in paths
     }
     return model, jax.tree_util.tree_map_with_path(
-        lambda keys, _: leaves[_dotted(key.key for key in keys)], model.parameter_shapes
+        lambda keys, _: leaves[dotted(key.key for key in keys)], model.parameter_shapes
     )
-
-
-def _leaves(tree: Mapping) -> dict[tuple, Any]:
-    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
-    return {tuple(key.key for key in keys): leaf for keys, leaf in flat}
-
-
-def _dotted(path: Any) -> str:
-    return ".".join(map(str, path))
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -193,7 +184,7 @@ def _check(directory: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]
 
 
 def _by_name(tree: Mapping[str, Any]) -> dict[str, Spec]:
-    return {_dotted(key.key for key in keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {dotted(key.key for key in keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _spelled(spec: Spec) -> str:

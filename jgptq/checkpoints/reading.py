@@ -15,16 +15,13 @@ from jaxtyping import Array
 
 from jgptq.checkpoints import gguf, huggingface, orbax
 from jgptq.checkpoints.formats import PACKINGS
-from jgptq.checkpoints.layout import ExpectedTensor, Format
+from jgptq.checkpoints.layout import ExpectedTensor, Format, Placing
 from jgptq.checkpoints.tensor_file import StoredTensor
 from jgptq.models import LanguageModel, language_model
 from jgptq.tensor import QuantizedTensor
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 BLOCK = 1 << 20  # elements of a weight that are transposed at once
-
-
-Placing = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 
 
 def load(
@@ -55,14 +52,15 @@ def load(
         raise ValueError("lazy=True leaves parameters on disk, where sharding says nothing; give one of them")
 
     def place(keys: Sequence[Any], leaf: Any) -> Any:
-        return leaf if lazy else _on_device(keys, leaf, sharding)
+        if lazy:
+            return leaf
+        return jax.tree_util.tree_map_with_path(lambda own, part: _on_device((*keys, *own), part, sharding), leaf)
 
     source = Path(path) if gguf.recognizes(Path(path)) else huggingface.locate(path)
     if orbax.recognizes(source):
         return orbax.load(source, dtype=dtype, placing=_placing(sharding))
     if gguf.recognizes(source):
-        model, params = gguf.load(source, dtype=dtype, lazy=True)
-        return model, jax.tree_util.tree_map_with_path(place, params)
+        return gguf.load(source, dtype=dtype, place=place)
     return _load_directory(huggingface.open_checkpoint(source), dtype, place)
 
 
@@ -83,8 +81,7 @@ def _load_directory(
     stored_dtype = _stored_dtype(checkpoint)
 
     def read(keys: Sequence[Any], plan: _Plan) -> Any:
-        leaf = _read(checkpoint, plan, packing, settings, dtype, stored_dtype)
-        return jax.tree_util.tree_map_with_path(lambda inner, part: place((*keys, *inner), part), leaf)
+        return place(keys, _read(checkpoint, plan, packing, settings, dtype, stored_dtype))
 
     return model, jax.tree_util.tree_map_with_path(read, plans)
 

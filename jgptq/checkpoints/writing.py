@@ -24,7 +24,7 @@ import numpy as np
 
 from jgptq.checkpoints import gguf, gguf_file, gguf_tokenizer, huggingface, orbax, tensor_file
 from jgptq.checkpoints.formats import FORMATS, PACKINGS
-from jgptq.checkpoints.layout import ExpectedTensor, Format
+from jgptq.checkpoints.layout import ExpectedTensor, Format, dotted, leaves_by_path
 from jgptq.kernels.prepack import unprepack
 from jgptq.models import LanguageModel
 from jgptq.tensor import Layout, QuantizedTensor
@@ -135,31 +135,23 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _leaves(tree: Mapping) -> dict[tuple, Any]:
-    """Parameters by path; a QuantizedTensor is one."""
-    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
-    return {tuple(getattr(key, "key", key) for key in keys): leaf for keys, leaf in flat}
-
-
 def _check(model: LanguageModel, params: Mapping, *, kernels_only: bool) -> None:
     """ValueError unless these are the model's parameters, with (in, out) kernels alone packed if `kernels_only`."""
-    wanted, given = _leaves(model.parameter_shapes), _leaves(params)
-    problems = [f"{_dotted(path)} is missing" for path in wanted if path not in given]
-    problems += [f"{_dotted(path)} is no parameter of this model" for path in given if path not in wanted]
+    wanted, given = leaves_by_path(model.parameter_shapes), leaves_by_path(params)
+    problems = [f"{dotted(path)} is missing" for path in wanted if path not in given]
+    problems += [f"{dotted(path)} is no parameter of this model" for path in given if path not in wanted]
     for path in (path for path in given if path in wanted):
         leaf, shape = given[path], wanted[path].shape
         kind = getattr(leaf, "dtype", None)
         if kind is None:
-            problems.append(f"{_dotted(path)} is {leaf!r}, not an array")
+            problems.append(f"{dotted(path)} is {leaf!r}, not an array")
         elif tuple(leaf.shape) != shape:
-            problems.append(f"{_dotted(path)} has shape {list(leaf.shape)}, not {list(shape)}")
+            problems.append(f"{dotted(path)} has shape {list(leaf.shape)}, not {list(shape)}")
         elif jnp.dtype(kind).name not in FLOATS:
-            problems.append(
-                f"{_dotted(path)} is {jnp.dtype(kind)}; cast it to {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
-            )
+            problems.append(f"{dotted(path)} is {jnp.dtype(kind)}; cast it to {', '.join(FLOATS[:-1])} or {FLOATS[-1]}")
         elif kernels_only and isinstance(leaf, QuantizedTensor) and not _fits(model, path, leaf):
             problems.append(
-                f"{_dotted(path)} is packed, which only (in, out) kernels can be in this format; dequantize it, or "
+                f"{dotted(path)} is packed, which only (in, out) kernels can be in this format; dequantize it, or "
                 "choose format='orbax'"
             )
     if problems:
@@ -172,13 +164,9 @@ def _fits(model: LanguageModel, path: tuple, leaf: QuantizedTensor) -> bool:
     return path[-1] == "kernel" and leaf.layout.unstacked() == Layout.dense(*leaf.shape[stacked:])
 
 
-def _dotted(path: tuple) -> str:
-    return ".".join(map(str, path))
-
-
 def _config(model: LanguageModel, params: Mapping, packing: Format) -> dict[str, Any]:
     """config.json, with a quantization_config if anything is packed."""
-    leaves = _leaves(params)
+    leaves = leaves_by_path(params)
     dtype = Counter(jnp.dtype(leaf.dtype) for leaf in leaves.values()).most_common(1)[0][0]
     config = _plain_config(model) | {"torch_dtype": dtype.name}
     kernels = {
@@ -246,7 +234,7 @@ class _StoredLeaf:
 def _stored_leaves(model: LanguageModel, params: Mapping, packing: Format, config: Mapping) -> list[_StoredLeaf]:
     settings = packing.parse(config["quantization_config"]) if "quantization_config" in config else None
     stored = []
-    for path, leaf in _leaves(params).items():
+    for path, leaf in leaves_by_path(params).items():
         name, transposed = model.architecture.tensor_name(path)
         for module, index in _modules(model, path, leaf).items():
             if isinstance(leaf, QuantizedTensor):
