@@ -27,12 +27,15 @@ class Grid:
     symmetric: zero fixed at 2**(bits - 1) rather than fitted.
     scale_dtype: what scales are rounded to before any code is chosen. float16 is what checkpoints store;
         choose "float32" for weights whose magnitude float16 cannot hold.
+    positive_scales: keep symmetric scales positive. A negative one turns the grid round, so that its extra level
+        lies on the side that needs it; formats hold both, but one runtime's kernel is known to misread a sign.
     """
 
     bits: int = 4
     group_size: int | None = 128
     symmetric: bool = False
     scale_dtype: str = "float16"
+    positive_scales: bool = False
 
     def __post_init__(self):
         if not isinstance(self.bits, int) or self.bits not in BITS:
@@ -44,6 +47,8 @@ class Grid:
             )
         if not isinstance(self.symmetric, bool):
             raise ValueError(f"symmetric={self.symmetric!r}; choose True or False")
+        if not isinstance(self.positive_scales, bool):
+            raise ValueError(f"positive_scales={self.positive_scales!r}; choose True or False")
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype={self.scale_dtype!r}; choose one of {SCALE_DTYPES}")
 
@@ -71,6 +76,7 @@ class Levels:
     group_size: int | None = dataclasses.field(metadata={"static": True})
     symmetric: bool = dataclasses.field(metadata={"static": True})
     scale_dtype: str = dataclasses.field(metadata={"static": True})
+    positive_scales: bool = dataclasses.field(metadata={"static": True})
 
     group_length = Grid.group_length
 
@@ -82,6 +88,7 @@ def levels(grid: Grid) -> Levels:
         group_size=grid.group_size,
         symmetric=grid.symmetric,
         scale_dtype=grid.scale_dtype,
+        positive_scales=grid.positive_scales,
     )
 
 

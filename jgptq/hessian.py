@@ -92,6 +92,12 @@ class Factor(NamedTuple):
         return block[::-1, ::-1] / roots[None, :]
 
 
+    def rows(self, start: Int[Array, ""] | int, size: int) -> Float[Array, "size in"]:
+        """Rows start .. start + size of U."""
+        block = lax.dynamic_slice_in_dim(self.backwards, self.pivots.shape[0] - start - size, size, axis=0)
+        return block[::-1, ::-1] / jnp.sqrt(self.pivots)[None, :]
+
+
 # The largest damping tried: past this multiple of the mean diagonal the factor is of the damping, not of the data.
 MAX_DAMP = 10.0
 

@@ -58,7 +58,8 @@ class Use:
     """A leaf in one equation. first: the first result of the equations that compute the weight and use it; None: the
     leaf itself is handed on, and `place` is the number of equations before that.
 
-    kind: what the equation does. For a product that reads the leaf as a weight: layout, product and activations.
+    kind: what the equation does. For a product that reads the leaf as a weight: layout, product and activations, and,
+    where the weight is the leaf as it is, the product's result with the side the weight is on.
     """
 
     leaf: int
@@ -69,6 +70,8 @@ class Use:
     product: Product | None = None
     activations: tuple[Atom, ...] = ()
     place: int | None = None
+    result: jex.Var | None = None
+    side: int = 1
 
 
 class Flattener:
@@ -275,7 +278,10 @@ class Flattener:
                 if not isinstance(found, str) and _is_scaled_along_inputs(term, found[0]):
                     found = "a product after scaling along its inputs"
                 kind, details = (found, ()) if isinstance(found, str) else (name, found)
-                self.uses.append(Use(term.leaf, term.view.index, kind, first, *details))
+                use = Use(term.leaf, term.view.index, kind, first, *details)
+                if details and arguments[side].equation is None:
+                    use = dataclasses.replace(use, result=results[0], side=side)
+                self.uses.append(use)
         return results
 
     def _written(self, value: Any, kind: str) -> Atom:
@@ -370,7 +376,7 @@ class Flattener:
         first = self.equations[start].outvars[0]
         stacks = dict(zip(extra, outputs[len(results) :], strict=True))
         for use, atoms in zip(inner.uses, seen, strict=True):
-            use = dataclasses.replace(use, first=first, place=None)
+            use = dataclasses.replace(use, first=first, place=None, result=None)
             product = use.product.over_steps() if atoms else None
             if product is not None:
                 use = dataclasses.replace(use, product=product, activations=tuple(stacks[atom] for atom in atoms))

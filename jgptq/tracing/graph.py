@@ -15,15 +15,20 @@ from jgptq.tensor import Index, Layout, QuantizedTensor, join_layouts
 from jgptq.tracing.flatten import Flattener, Use
 from jgptq.tracing.jaxprs import Atom
 from jgptq.tracing.products import Product
+from jgptq.tracing.residual import Added, Sums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Read:
-    """One product with a weight: what it reads besides, and the position at which that is known."""
+    """One product with a weight: what it reads besides, and the position at which that is known.
+
+    added: what the function adds to the product's result, of all that is known at that position: a residual stream.
+    """
 
     product: Product
     activations: tuple[Atom, ...]
     position: int
+    added: tuple[Added, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,7 +195,7 @@ def trace(f: Callable, params: Any, *inputs: Any) -> Graph:
         constants=flat.constants,
         parts=flat.parts,
         last_use=last_use,
-        sites=_find_sites(named, _placed(flat, made), made, len(equations)),
+        sites=_find_sites(named, _placed(flat, made), made, Sums(equations, made, {*flat.parts, *flat.constants})),
     )
 
 
@@ -233,8 +238,9 @@ def _placed(flat: Flattener, made: dict[jex.Var, int]) -> list[Use]:
     return uses
 
 
-def _find_sites(named: list[tuple[str, Any]], uses: list[Use], made: dict[jex.Var, int], end: int) -> Sites:
+def _find_sites(named: list[tuple[str, Any]], uses: list[Use], made: dict[jex.Var, int], sums: Sums) -> Sites:
     """made: the equation that makes each variable. Of the uses, those in dead equations are none."""
+    end = len(sums.equations)
     by_leaf: dict[int, list[tuple[int, Use]]] = defaultdict(list)
     for use in uses:
         if use.first is None or use.first in made:
@@ -248,7 +254,7 @@ def _find_sites(named: list[tuple[str, Any]], uses: list[Use], made: dict[jex.Va
         found = by_leaf[leaf]
         products = [(start, use) for start, use in found if use.product is not None]
         others = [(start, use.kind) for start, use in found if use.product is None]
-        layout, parts, reason = _parts(leaf, shape, products, others, made)
+        layout, parts, reason = _parts(leaf, shape, products, others, made, sums)
         tied = layout is not None and bool(others)
         sites.append(
             Site(
@@ -272,6 +278,7 @@ def _parts(
     products: Sequence[tuple[int, Use]],
     others: Sequence[tuple[int, str]],
     made: dict[jex.Var, int],
+    sums: Sums,
 ) -> tuple[Layout | None, tuple[Part, ...], str]:
     """The leaf's layout and parts, if products cover it; and the reason in words."""
     elsewhere = ", ".join(dict.fromkeys(kind for _, kind in others))
@@ -295,7 +302,7 @@ def _parts(
             leaf=leaf,
             index=index,
             layout=layouts[index],
-            reads=_reads(group, made),
+            reads=_reads(group, made, sums),
             start=min([*earliest, *(start for start, _ in group)]),
         )
         for index, group in by_index.items()
@@ -303,12 +310,15 @@ def _parts(
     return layout, parts, _reason(layout, parts, elsewhere)
 
 
-def _reads(group: Sequence[tuple[int, Use]], made: dict[jex.Var, int]) -> tuple[Read, ...]:
+def _reads(group: Sequence[tuple[int, Use]], made: dict[jex.Var, int], sums: Sums) -> tuple[Read, ...]:
     """The products of a part; the same product on the same activations, read twice, is one."""
     reads: dict[Any, Read] = {}
     for start, use in sorted(group, key=lambda item: item[0]):
         known = max([start, *(made[atom] + 1 for atom in use.activations if atom in made)])
-        read = Read(product=use.product, activations=use.activations, position=known)
+        added = ()
+        if use.result is not None:
+            added = sums.added(use.result, use.product, use.side, use.layout.out_features, known)
+        read = Read(product=use.product, activations=use.activations, position=known, added=added)
         reads.setdefault((use.product, use.activations), read)
     return tuple(reads.values())
 

@@ -6,6 +6,7 @@ groups of channels). Products are values: two that read the same activation in t
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,11 +34,18 @@ class Dot:
         return Dot(batch=batch, tokens=(0, *tokens), contracted=contracted)
 
     def add(self, hessian: Hessian, x: jax.Array) -> Hessian:
+        return _add(hessian, self.rows(x))
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """x as (tokens, in), or a batch of such matrices."""
         batch, rows, columns = (
             math.prod(x.shape[axis] for axis in axes) for axes in (self.batch, self.tokens, self.contracted)
         )
         matrix = x.transpose(*self.batch, *self.tokens, *self.contracted)
-        return _add(hessian, matrix.reshape((batch, rows, columns) if self.batch else (rows, columns)))
+        return _floating(matrix.reshape((batch, rows, columns) if self.batch else (rows, columns)))
+
+    def cross(self, x: jax.Array, other: jax.Array) -> jax.Array:
+        return _cross(self.rows(x), self.rows(other))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +64,13 @@ class Convolution:
         """A scan of convolutions is not taken apart."""
 
     def add(self, hessian: Hessian, x: jax.Array) -> Hessian:
+        return _add(hessian, self.rows(x))
+
+    def cross(self, x: jax.Array, other: jax.Array) -> jax.Array:
+        return _cross(self.rows(x), self.rows(other))
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """The patches of x as (tokens, in), or a matrix of them for each group of channels."""
         x = _floating(x).transpose(self.lhs_spec)
         patches = lax.conv_general_dilated_patches(
             x,
@@ -68,7 +83,7 @@ class Convolution:
         )  # (examples, channels * window, positions…), channels outermost
         grouped = patches.reshape(x.shape[0], self.groups, patches.shape[1] // self.groups, -1)
         rows = grouped.transpose(1, 0, 3, 2).reshape(self.groups, -1, grouped.shape[2])
-        return _add(hessian, rows if self.groups > 1 else rows[0])
+        return rows if self.groups > 1 else rows[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,12 +97,28 @@ class Ragged:
         """A scan of ragged products is not taken apart."""
 
     def add(self, hessian: Hessian, x: jax.Array, group_sizes: jax.Array) -> Hessian:
-        count = x.shape[self.rows]
-        x = _floating(x).transpose(self.rows, *self.contracted).reshape(count, -1)
+        x = self._rows(x)
+
+        def gram(total, rows):
+            return update_hessian(Hessian(total, jnp.int32(0)), rows[0]).total
+
+        return Hessian(self._fold(gram, hessian.total, group_sizes, x), hessian.tokens + group_sizes.astype(jnp.int32))
+
+    def cross(self, x: jax.Array, group_sizes: jax.Array, other: jax.Array, _: jax.Array) -> jax.Array:
+        x, other = self._rows(x), self._rows(other)
+        start = jnp.zeros((group_sizes.shape[0], x.shape[1], x.shape[1]), jnp.float32)
+        return self._fold(lambda total, rows: total + _cross(*rows), start, group_sizes, x, other)
+
+    def _rows(self, x: jax.Array) -> jax.Array:
+        return _floating(x).transpose(self.rows, *self.contracted).reshape(x.shape[self.rows], -1)
+
+    def _fold(self, add: Callable, totals: jax.Array, group_sizes: jax.Array, *rows: jax.Array) -> jax.Array:
+        """Each group's total after adding its rows, some at a time; what else is in the last of them is zero."""
+        count = rows[0].shape[0]
         if not count:
-            return hessian
+            return totals
         chunk = min(count, 512)
-        padded = jnp.pad(x, ((0, chunk), (0, 0)))
+        padded = [jnp.pad(x, ((0, chunk), (0, 0))) for x in rows]
         sizes = group_sizes.astype(jnp.int32)
         ends = jnp.cumsum(sizes)
 
@@ -96,14 +127,13 @@ class Ragged:
 
             def add_chunk(state):
                 total, start = state
-                rows = lax.dynamic_slice_in_dim(padded, start, chunk)
-                rows = jnp.where((start + jnp.arange(chunk) < end)[:, None], rows, 0)
-                return update_hessian(Hessian(total, jnp.int32(0)), rows).total, start + chunk
+                inside = (start + jnp.arange(chunk) < end)[:, None]
+                parts = [jnp.where(inside, lax.dynamic_slice_in_dim(x, start, chunk), 0) for x in padded]
+                return add(total, parts), start + chunk
 
             return lax.while_loop(lambda state: state[1] < end, add_chunk, (total, start))[0]
 
-        total = lax.map(group, (hessian.total, ends - sizes, ends))
-        return Hessian(total, hessian.tokens + sizes)
+        return lax.map(group, (totals, ends - sizes, ends))
 
 
 Product = Dot | Convolution | Ragged
@@ -199,7 +229,6 @@ def _ragged(equation, side: int, view: views.View) -> tuple[Layout, Ragged] | st
 
 def _add(hessian: Hessian, rows: jax.Array) -> Hessian:
     """Adds rows (tokens, in), or a batch of them, in which rows of zeros (places that no token took) do not count."""
-    rows = _floating(rows)
     if not rows.shape[-2]:
         return hessian
     if rows.ndim == 2:
@@ -207,6 +236,12 @@ def _add(hessian: Hessian, rows: jax.Array) -> Hessian:
     total = jax.vmap(update_hessian)(hessian, rows).total
     live = jnp.sum(jnp.any(rows != 0, axis=-1), axis=-1, dtype=jnp.int32)
     return Hessian(total, hessian.tokens + live)
+
+
+def _cross(x: jax.Array, other: jax.Array) -> jax.Array:
+    """Σ x (other - x)ᵀ over tokens, of (tokens, in) or of each matrix of a batch."""
+    drift = other.astype(jnp.float32) - x.astype(jnp.float32)
+    return jnp.einsum("...ti,...tj->...ij", x.astype(jnp.float32), drift, precision=HIGHEST)
 
 
 def _floating(x: jax.Array) -> jax.Array:
