@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgptq.grid import Grid, Levels, levels
-from jgptq.hessian import Hessian, energy
+from jgptq.hessian import Hessian
 from jgptq.solvers import METHODS, RTN, Info, Method, nearest
+from jgptq.solvers.method import over_outputs, relative
 from jgptq.tensor import Index, QuantizedTensor, dequantize, join
 from jgptq.tracing.graph import Part, Site, Step, leaf_paths, trace
 from jgptq.tracing.products import Product, empty_hessian
@@ -137,12 +138,11 @@ def quantize(
     rows: list[Row] = []
     packed: dict[int, dict[Index, QuantizedTensor]] = defaultdict(dict)
     for step in steps:
-        hessian = None
-        if any(finished is None or names[_key(part)] not in finished for part in step.parts):
-            hessian = executor.hessian(step)
+        todo = [part for part in step.parts if finished is None or names[_key(part)] not in finished]
+        if todo:
+            shared = _prepared(executor.hessian(step), {part.leaf: plan[part.leaf] for part in todo})
         else:
             executor.advance(step)
-        prepared: dict[Any, Any] = {}
         for part in step.parts:
             clock = time.perf_counter()
             site, name = sites[part.leaf], names[_key(part)]
@@ -150,7 +150,7 @@ def quantize(
                 weight, row = finished[name]
                 weight = jax.tree.map(lambda array: jnp.asarray(array[...]), weight)
             else:
-                weight, row = _solve_part(executor, site, part, hessian, prepared, *plan[part.leaf])
+                weight, row = _solve_part(executor, site, part, shared[part.leaf], *plan[part.leaf])
                 row = dataclasses.replace(row, seconds=time.perf_counter() - clock)
                 if finished is not None:
                     finished[name] = weight, row
@@ -160,8 +160,7 @@ def quantize(
             rows.append(row)
             if progress:
                 progress(row, len(rows), len(names))
-        # Before the next step makes its own.
-        hessian = prepared = None
+        shared = None  # before the next step makes its own
 
     leaves, tree = jax.tree.flatten(params)
     for leaf, site in sites.items():
@@ -237,26 +236,36 @@ def _joined(site: Site, parts: dict[Index, QuantizedTensor]) -> QuantizedTensor:
     return join(site.layout, {index: jax.tree.map(lambda a: a[...], weight) for index, weight in parts.items()})
 
 
-def _solve_part(
-    executor: "Executor", site: Site, part: Part, hessian: Hessian, prepared: dict, grid: Grid, method: Method
-) -> tuple[QuantizedTensor, Row]:
-    """prepared: what the solves of one step share, filled as they come."""
-    shared = hessian
-    if hessian.total.ndim == 2 and hasattr(method, "prepare"):
+def _prepared(hessian: Hessian, plan: dict[int, tuple[Grid, Method]]) -> dict[int, Any]:
+    """What the solves of a step take, by leaf: the Hessian, or what the method prepares in its place."""
+    prepared: dict[Any, Any] = {}
+
+    def of(grid: Grid, method: Method) -> Any:
+        if hessian.total.ndim != 2 or not hasattr(method, "prepare"):
+            return hessian
         key = grid.group_length(hessian.in_features), method
         if key not in prepared:
-            prepared[key] = method.prepare(hessian, grid)
-        shared = prepared[key]
+            # Done with the Hessian before a weight takes memory beside it.
+            prepared[key] = jax.block_until_ready(method.prepare(hessian, grid))
+        return prepared[key]
+
+    return {leaf: of(*settings) for leaf, settings in plan.items()}
+
+
+def _solve_part(
+    executor: "Executor", site: Site, part: Part, shared: Any, grid: Grid, method: Method
+) -> tuple[QuantizedTensor, Row]:
+    """shared: of `_prepared`."""
     w = part.layout.to_matrix(executor.leaf(part.leaf, part.index))
     if w.ndim == 2:
         weight, info = method.solve(w, shared, grid)
-        error = info.relative_error if isinstance(method, RTN) else _rtn_error(w, hessian, info, grid)
+        error = info.relative_error if isinstance(method, RTN) else _rtn_error(w, shared, info, grid)
     else:
         batch = w.shape[:-2]
-        weight, info, error = _solve_batch(w.reshape(-1, *w.shape[-2:]), _share(hessian), grid, method)
+        weight, info, error = _solve_batch(w.reshape(-1, *w.shape[-2:]), _share(shared), grid, method)
         weight = jax.tree.map(lambda array: array.reshape(*batch, *array.shape[1:]), weight)
     weight = dataclasses.replace(weight, layout=part.layout)
-    row = _row(site.name(part), part, weight, w, info, error, hessian.tokens, grid, method)
+    row = _row(site.name(part), part, weight, w, info, error, shared.tokens, grid, method)
     return weight, row
 
 
@@ -279,16 +288,15 @@ def _share(hessian: Hessian) -> Hessian:
     return Hessian(total, jnp.where(starved, jnp.sum(hessian.tokens), hessian.tokens))
 
 
-def _rtn_error(w: jax.Array, hessian: Hessian, info: Info, grid: Grid) -> jax.Array:
+def _rtn_error(w: jax.Array, shared: Any, info: Info, grid: Grid) -> jax.Array:
     """The relative output error of rounding to nearest."""
-    return _rounding_error(w, hessian, info.output, levels(grid))
+    return _rounding_error(w, shared, info.output, levels(grid))
 
 
 @jax.jit
-def _rounding_error(w: jax.Array, hessian: Hessian, output: jax.Array, grid: Levels) -> jax.Array:
-    w = w.astype(jnp.float32)
-    error = energy(hessian, w - nearest(w, grid)[-1])
-    return jnp.where(output == 0, 0.0, jnp.maximum(error, 0.0) / jnp.where(output == 0, 1.0, output))
+def _rounding_error(w: jax.Array, shared: Any, output: jax.Array, grid: Levels) -> jax.Array:
+    errors = over_outputs(lambda tile: shared.energy(tile - nearest(tile, grid)[-1]), w.astype(jnp.float32))
+    return relative(jnp.sum(errors), output)
 
 
 def _plan(sites, grid: Grid, method: Method, rules: Sequence[Rule]) -> dict[int, tuple[Grid, Method]]:

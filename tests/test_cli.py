@@ -465,6 +465,14 @@ def test_a_note_on_a_weight_reaches_the_terminal(home, capsys, monkeypatch):
     assert "saw 32 tokens, fewer than its 44 inputs" in errors
 
 
+@pytest.fixture
+def listeners(monkeypatch) -> list:
+    """Those of the events of compiling that a test registers, which JAX does not get."""
+    registered = []
+    monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", registered.append)
+    return registered
+
+
 @pytest.mark.parametrize(
     ("given", "set_to"),
     [
@@ -473,10 +481,29 @@ def test_a_note_on_a_weight_reaches_the_terminal(home, capsys, monkeypatch):
         ("--xla_cpu_use_fusion_emitters=true", "--xla_cpu_use_fusion_emitters=true"),
     ],
 )
+@pytest.mark.usefixtures("listeners")
 def test_settings_of_the_process_leave_what_the_caller_set(given, set_to, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", given)
     cli._spare_memory()
     assert os.environ["XLA_FLAGS"].strip() == set_to
+
+
+def test_the_text_of_programs_goes_without_the_programs(monkeypatch, listeners, caplog):
+    """A JAX that renames its caches fails here, and costs users nothing but memory."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    cli._spare_memory()
+    f = jax.jit(lambda x: x + 1)
+    assert f(1.0) == 2
+    caches = cli._lowering_caches()
+    assert len(caches) == 2
+    listeners[0]("/jax/core/compile/backend_compile_duration", 1.0)
+    assert not any(cache.cache_info().currsize for cache in caches)
+
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        assert f(2.0) == 3
+        assert not caplog.records
+        assert f(jax.numpy.ones(3))[0] == 2
+        assert caplog.records
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real models and texts are not beside the checkout")

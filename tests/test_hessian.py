@@ -45,6 +45,11 @@ def test_narrow_inputs_are_summed_in_float32(dtype):
     np.testing.assert_allclose(total, exact.T @ exact, rtol=2e-5)
 
 
+def test_wide_sums_are_made_some_rows_at_a_time():
+    x = np.random.default_rng(0).integers(-9, 10, (8, 1056)).astype(np.float32)
+    np.testing.assert_array_equal(accumulate(x[:3], x[3:]).total, x.T @ x)
+
+
 def test_merge_is_the_hessian_of_both():
     x = np.random.default_rng(0).integers(-9, 10, (20, 12)).astype(np.float32)
     merged = jgptq.merge_hessians(accumulate(x[:7]), accumulate(x[7:]))
@@ -84,7 +89,7 @@ def factored(h, damp, order=None):
 
 def test_factor_is_that_of_the_damped_hessian():
     h = problem_hessian()
-    (_, pivots, added, damp, failed), upper = factored(h, 0.01)
+    (_, pivots, added, _, damp, failed), upper = factored(h, 0.01)
     pivots = np.asarray(pivots, np.float64)
     assert (np.tril(upper, -1) == 0).all()
     # XLA divides by multiplying with a reciprocal, which may leave one rounding.
@@ -146,6 +151,46 @@ def test_no_damping_cures_a_hessian_that_is_not_finite(value):
     assert factored(h, 0.01)[0].failed
 
 
+@pytest.mark.parametrize("in_features", [521, 1056])
+def test_a_wide_factor_made_in_blocks_or_by_the_library(in_features):
+    h = problem_hessian(in_features, tokens=64)
+    (_, pivots, *_, failed), upper = factored(h, 0.01)
+    assert not failed
+    assert (np.tril(upper, -1) == 0).all()
+    tolerance = in_features * 2.0**-24 * h.max()
+    product = upper * np.asarray(pivots, np.float64) @ upper.T
+    np.testing.assert_allclose(product, reference.damped(h, 0.01), atol=tolerance)
+
+
+def test_the_last_block_can_fail_and_more_damping_cures_it():
+    h = np.eye(1056, dtype=np.float32)
+    h[0, 1] = h[1, 0] = 1.5
+    factor, upper = factored(h, 0.01)  # inputs in reverse order: the first two are the last
+    assert float(factor.damp) == pytest.approx(1.0)
+    assert not factor.failed
+    np.testing.assert_allclose(upper * np.asarray(factor.pivots) @ upper.T, h + np.eye(1056), atol=1e-6)
+
+
+@pytest.mark.parametrize("in_features", [1, 48, 700])
+def test_energy_from_the_factor_is_that_of_the_hessian(in_features):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, in_features)).astype(np.float32)
+    dead = np.arange(in_features) % 7 == 3
+    x[:, dead] = 0
+    d = rng.normal(size=(in_features, 3)).astype(np.float32)
+    exact = np.sum((x.astype(np.float64) @ d) ** 2) / 64
+    order = np.append(rng.permutation(in_features), in_features)
+    in_order = np.append(d, np.zeros((1, 3), np.float32), axis=0)[order]
+    for damp, tolerance in ((0.01, 1e-5), (10.0, 1e-4)):  # what was added is subtracted again: damp/1 of the energy
+        factor = hessians.factor(accumulate(x), damp, jnp.asarray(order))
+        np.testing.assert_allclose(factor.energy(jnp.asarray(in_order)), exact, rtol=tolerance)
+
+
+def test_dead_inputs_have_no_energy_at_all():
+    factor = hessians.factor(jgptq.init_hessian(12), 0.01)
+    assert float(factor.energy(jnp.ones((12, 3)))) == 0
+
+
 @pytest.mark.parametrize("in_features", [1, 48, 512, 700])
 def test_energy_is_the_trace(in_features):
     rng = np.random.default_rng(0)
@@ -154,7 +199,7 @@ def test_energy_is_the_trace(in_features):
     exact = np.trace(d.T.astype(np.float64) @ h.astype(np.float64) @ d)
     # Float32 sums of up to 700² terms of both signs, each at most |h| |d|².
     hessian = jgptq.Hessian(jnp.asarray(3 * h), jnp.int32(3))
-    np.testing.assert_allclose(hessians.energy(hessian, jnp.asarray(d)), exact, rtol=1e-4)
+    np.testing.assert_allclose(hessian.energy(jnp.asarray(d)), exact, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("without_type_checker")

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jgptq import grid as grids
 from jgptq import tensor
-from jgptq.grid import Grid
+from jgptq.grid import Grid, scales_at_limit
 from jgptq.hessian import HIGHEST, Factor, Hessian, factor
 from jgptq.solvers import fits
-from jgptq.solvers.method import Info, check_damp, check_hessian, check_weight, make_info, pack
+from jgptq.solvers.method import Info, check_damp, check_hessian, check_weight, over_outputs, pack, relative
 
 ActOrder = Literal[False, True, "static", "group"]
 ACT_ORDERS = (False, True, "static", "group")
@@ -32,9 +32,6 @@ ScaleSearch = Literal[None, "lp", "in_loop"]
 
 # Inputs that go one by one before a matrix product takes over; 8 to 32 time alike on a CPU.
 STRIP = 16
-# Outputs solved at once on a CPU, at most: more take memory and little less time. Elsewhere all are: inputs go one by
-# one, and it is outputs that fill a GPU.
-TILE = 512
 # Earlier inputs in one product of the outermost sum: long enough to run at full speed.
 CHUNK = 512
 
@@ -56,7 +53,7 @@ class GPTQ:
     def prepare(self, hessian: Hessian, grid: Grid) -> "Prepared":
         """What `solve` takes in the Hessian's place to solve several weights with one factorization."""
         group_length = grid.group_length(hessian.in_features)
-        return Prepared(hessian, *_prepare(hessian, group_length, self.damp, self.act_order, self.block_size))
+        return _prepare(hessian, group_length, self.damp, self.act_order, self.block_size)
 
     def solve(self, w: Array, hessian: "Hessian | Prepared", grid: Grid) -> tuple[tensor.QuantizedTensor, Info]:
         if isinstance(hessian, Prepared):
@@ -75,12 +72,18 @@ class GPTQ:
 
 
 class Prepared(NamedTuple):
-    """A Hessian with its factor for one order of its inputs: what all weights that see these inputs share."""
+    """A Hessian's factor for one order of its inputs: all that weights which see these inputs need of it."""
 
-    hessian: Hessian
     inputs: Int[Array, " slots"]  # the input in each slot, in_features where the slot is empty
     groups: Int[Array, " slots"]  # the group whose grid the slot uses
     factor: Factor
+    tokens: Int[Array, ""]
+    dead_inputs: Int[Array, ""]
+    finite: Bool[Array, ""]  # whether the Hessian was
+
+    def energy(self, d: Float[Array, "in out"]) -> Float[Array, ""]:
+        """tr(dᵀ H d), as `Hessian.energy` gives it."""
+        return self.factor.energy(_in_slots(d, self.inputs))
 
 
 def gptq(
@@ -116,7 +119,7 @@ def gptq(
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size={block_size!r}; give a positive integer")
     check_damp(damp)
-    prepared = Prepared(hessian, *_prepare(hessian, grid.group_length(w.shape[0]), damp, act_order, block_size))
+    prepared = _prepare(hessian, grid.group_length(w.shape[0]), damp, act_order, block_size)
     return _solve_prepared(w, prepared, grid, act_order, block_size, scale_search, sweeps)
 
 
@@ -129,10 +132,11 @@ def _solve_prepared(w, prepared, grid, act_order, block_size, scale_search, swee
 
 @functools.partial(jax.jit, static_argnames=("group_length", "act_order", "block_size"))
 def _prepare(hessian, group_length, damp, act_order, block_size):
-    """All of a `Prepared` but its Hessian, which would be copied."""
     plan = _plan(hessian.in_features, group_length, block_size)
-    inputs, groups = _order(jnp.diagonal(hessian.total), plan, act_order)
-    return inputs, groups, factor(hessian, damp, inputs)
+    diagonal = jnp.diagonal(hessian.total)
+    inputs, groups = _order(diagonal, plan, act_order)
+    dead, finite = jnp.sum(diagonal <= 0), jnp.all(jnp.isfinite(hessian.total))
+    return Prepared(inputs, groups, factor(hessian, damp, inputs), hessian.tokens, dead, finite)
 
 
 FITS = {None: fits.min_max, "lp": fits.lp, "in_loop": fits.in_loop}
@@ -141,34 +145,31 @@ FITS = {None: fits.min_max, "lp": fits.lp, "in_loop": fits.in_loop}
 @functools.partial(jax.jit, static_argnames=("act_order", "block_size", "scale_search", "sweeps"))
 def _solve(w, prepared, grid, act_order, block_size, scale_search, sweeps):
     """Codes in stored row order, scales, zeros, permutation or None, Info."""
-    hessian, inputs, slot_groups, factored = prepared
+    inputs, slot_groups, factored, *_ = prepared
     w = w.astype(jnp.float32)
     in_features, out_features = w.shape
     group_length = grid.group_length(in_features)
     plan = _plan(in_features, group_length, block_size)
 
-    def outputs(start):
-        tile = lax.dynamic_slice_in_dim(w, start, size, axis=1)
+    groups_of = _group_factors(factored, plan.group) if sweeps and act_order != "static" else None
+
+    def outputs(tile):
         rows = None
         if act_order == "static":
             rows = _Rows(*grids.fit_groups(tile, grid, grids.search if scale_search else grids.fit), slot_groups)
-        tile = jnp.take(tile, inputs, axis=0, mode="fill", fill_value=0)
+        tile = _in_slots(tile, inputs)
         fit = FITS[scale_search]
         solution = _descend(tile, None, factored.columns, factored.pivots, rows, grid, fit, plan.group, plan.sizes)
-        if rows is None and sweeps:
+        if groups_of is not None:
             solution = _sweep(tile, solution, factored, groups_of, grid, plan, sweeps)
         # The loss is that of the damped Hessian; what was added to its diagonal comes off again.
         added = jnp.sum(factored.added * jnp.sum(solution.errors**2, axis=1))
         grids_used = rows or solution
-        return solution.codes, grids_used.scales, grids_used.zeros, jnp.sum(solution.loss), added
+        return solution.codes, grids_used.scales, grids_used.zeros, jnp.sum(solution.loss), added, factored.energy(tile)
 
-    groups_of = _group_factors(factored, plan.group) if sweeps else None
-    most = min(TILE if jax.default_backend() == "cpu" else out_features, out_features)
-    size = max(size for size in range(1, most + 1) if out_features % size == 0)
-    size = size if size >= TILE // 4 else out_features
-    *parts, loss, added = lax.map(outputs, jnp.arange(0, out_features, size))
+    *parts, loss, added, output = over_outputs(outputs, w)
     codes, scales, zeros = (jnp.moveaxis(part, 0, 1).reshape(-1, out_features) for part in parts)
-    loss, added = jnp.sum(loss), jnp.sum(added)
+    loss, added, output = jnp.sum(loss), jnp.sum(added), jnp.sum(output)
 
     codes = jnp.zeros((in_features, out_features), jnp.uint8).at[inputs].set(codes, mode="drop")
     permutation = None
@@ -181,16 +182,22 @@ def _solve(w, prepared, grid, act_order, block_size, scale_search, sweeps):
         codes = codes[permutation]
     groups = -(-in_features // group_length)
     scales, zeros = scales[:groups], zeros[:groups]
-    info = make_info(
-        w,
-        scales.astype(grid.scale_dtype),
-        hessian,
-        error=loss - added,
+    info = Info(
         loss=loss,
+        relative_error=relative(loss - added, output),
+        output=output,
         damp=factored.damp,
+        tokens=prepared.tokens,
+        dead_inputs=prepared.dead_inputs,
         failed=factored.failed,
+        scales_at_limit=scales_at_limit(scales.astype(grid.scale_dtype)),
+        finite=jnp.all(jnp.isfinite(w)) & prepared.finite,
     )
     return codes, scales, zeros, permutation, info
+
+
+def _in_slots(d: Float[Array, "in out"], inputs: Int[Array, " slots"]) -> Float[Array, "slots out"]:
+    return jnp.take(d, inputs, axis=0, mode="fill", fill_value=0)
 
 
 class _Plan(NamedTuple):

@@ -1,15 +1,17 @@
 """What every solver takes and gives: arrays in, a QuantizedTensor and an Info out."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from jgptq import tensor
 from jgptq.grid import Grid, scales_at_limit
-from jgptq.hessian import MAX_DAMP, Hessian, energy
+from jgptq.hessian import MAX_DAMP, Hessian
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +44,7 @@ class Method(Protocol):
     """A quantization method with its options, as a value: one row of METHODS.
 
     It may also have prepare(hessian, grid): what the solves of several weights on one Hessian share, which `solve` then
-    gets in the Hessian's place.
+    gets in the Hessian's place, with `tokens` and `energy(d)` as a Hessian has them: the Hessian is not kept.
     """
 
     name: str
@@ -81,6 +83,21 @@ def check_damp(damp: Any) -> None:
         raise ValueError(f"damp={damp!r}; give a number from 0 to {MAX_DAMP}, in units of the Hessian's mean diagonal")
 
 
+# Outputs taken at once on a CPU, at most: more take memory and no less time. Elsewhere all are: solvers go through the
+# inputs one by one, and it is outputs that fill a GPU.
+TILE = 256
+
+
+def over_outputs(f: Callable, w: Float[Array, "in out"]) -> Any:
+    """f of some outputs of w, for one part of them after another; its results are stacked."""
+    out_features = w.shape[1]
+    most = min(TILE if jax.default_backend() == "cpu" else out_features, out_features)
+    size = max(size for size in range(1, most + 1) if out_features % size == 0)
+    size = size if size >= TILE // 4 else out_features
+    starts = jnp.arange(0, out_features, size)
+    return lax.map(lambda start: f(lax.dynamic_slice_in_dim(w, start, size, axis=1)), starts)
+
+
 # Packing compiles by itself, for each width; solves compile once for all of them.
 pack = jax.jit(tensor.from_codes, static_argnames=("grid", "layout", "dtype"))
 
@@ -96,12 +113,10 @@ def make_info(
     failed: Array,
 ) -> Info:
     """Completes an Info; scales in the dtype they are stored in; `error` is tr(ΔᵀHΔ) for the undamped mean Hessian."""
-    output = energy(hessian, w)
-    # A weight of zeros, or inputs of zeros: no output to be wrong about. NaN stays NaN.
-    relative = jnp.where(output == 0, 0.0, jnp.maximum(error, 0.0) / jnp.where(output == 0, 1.0, output))
+    output = hessian.energy(w)
     return Info(
         loss=loss,
-        relative_error=relative,
+        relative_error=relative(error, output),
         output=output,
         damp=damp,
         tokens=hessian.tokens,
@@ -110,3 +125,8 @@ def make_info(
         scales_at_limit=scales_at_limit(scales),
         finite=jnp.all(jnp.isfinite(w)) & jnp.all(jnp.isfinite(hessian.total)),
     )
+
+
+def relative(error: Float[Array, ""], output: Float[Array, ""]) -> Float[Array, ""]:
+    """Error over output energy. A weight of zeros, or inputs of zeros: no output to be wrong about. NaN stays NaN."""
+    return jnp.where(output == 0, 0.0, jnp.maximum(error, 0.0) / jnp.where(output == 0, 1.0, output))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jgptq import grid as grids
 from jgptq import tensor
 from jgptq.grid import Grid
-from jgptq.hessian import Hessian, energy, factor
+from jgptq.hessian import Hessian, factor
 from jgptq.solvers.method import Info, check_damp, check_hessian, check_weight, make_info
 
 # Output features solved at once; each holds an inverse of in² numbers.
@@ -66,7 +66,7 @@ def _obq(w, hessian, grid, damp):
     codes = lax.map(output_feature, (w.T, scales.T, zeros.T), batch_size=ROWS).T
     weight = tensor.from_codes(codes, scales, zeros, grid=grid, dtype=dtype)
     left = w - grids.decode(codes.astype(jnp.float32), scales[index], zeros[index])
-    error = energy(hessian, left)
+    error = hessian.energy(left)
     info = make_info(
         w,
         weight.scales,

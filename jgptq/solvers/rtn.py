@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from jgptq import grid as grids
 from jgptq import tensor
 from jgptq.grid import Grid, Levels
-from jgptq.hessian import Hessian, energy
+from jgptq.hessian import Hessian
 from jgptq.solvers.method import Info, check_hessian, check_weight, make_info, pack
 
 
@@ -50,7 +50,7 @@ def nearest(w: Float[Array, "in out"], grid: Grid | Levels) -> tuple[Array, Arra
 def _rtn(w, hessian, grid):
     w = w.astype(jnp.float32)
     codes, scales, zeros, rounded = nearest(w, grid)
-    error = energy(hessian, w - rounded)
+    error = hessian.energy(w - rounded)
     info = make_info(
         w,
         scales.astype(grid.scale_dtype),
