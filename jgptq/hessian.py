@@ -156,6 +156,10 @@ class Factor(NamedTuple):
         total = lax.scan(block_column, jnp.zeros((), d.dtype), jnp.arange(-(-n // size)))[0]
         return total - jnp.sum(self.added * jnp.sum(d**2, axis=1))
 
+    def solve(self, b: Float[Array, "in out"]) -> Float[Array, "in out"]:
+        """The x for which (H + diag(added)) x = b, both in the factor's order."""
+        return jax.scipy.linalg.cho_solve((self.backwards, True), b[::-1])[::-1]
+
     def rows(self, start: Int[Array, ""] | int, size: int) -> Float[Array, "size in"]:
         """Rows start .. start + size of U."""
         block = lax.dynamic_slice_in_dim(self.backwards, self.pivots.shape[0] - start - size, size, axis=0)

@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgptq.grid import Grid, Levels, levels
-from jgptq.hessian import Hessian
+from jgptq.hessian import HIGHEST, Hessian
 from jgptq.solvers import METHODS, RTN, Info, Method, nearest
 from jgptq.solvers.method import over_outputs, relative
+from jgptq.targets import Drift, Targets, corrections, moved
 from jgptq.tensor import Index, QuantizedTensor, dequantize, join
-from jgptq.tracing.graph import Part, Site, Step, leaf_paths, trace
-from jgptq.tracing.products import Product, empty_hessian
+from jgptq.tracing.graph import Part, Read, Site, Step, leaf_paths, trace
+from jgptq.tracing.products import Dot, Product, empty_hessian
+from jgptq.tracing.residual import Added, Outputs
 from jgptq.tracing.segments import Program
 from jgptq.tracing.stream import Stream
 
@@ -126,7 +128,10 @@ def quantize(
     default = _settings(Grid() if grid is None else grid, method)
     if offload not in (None, "host"):
         raise ValueError(f'offload={offload!r}; give "host", or None to keep activations on the device')
-    executor = Executor(f, params, batches, on_host=offload == "host")
+    methods = [default[1], *(options.method for _, options in _checked_rules(rules or ()) if options)]
+    executor = Executor(
+        f, params, batches, on_host=offload == "host", follow_float=any(map(_targets, filter(None, methods)))
+    )
     plan = _plan(executor.sites, *default, rules or ())
     sites = {site.leaf: site for site in executor.sites if site.leaf in plan}
     executor.check_weights(list(sites.values()))
@@ -140,7 +145,10 @@ def quantize(
     for step in steps:
         todo = [part for part in step.parts if finished is None or names[_key(part)] not in finished]
         if todo:
-            shared = _prepared(executor.hessian(step), {part.leaf: plan[part.leaf] for part in todo})
+            hessian, drift = executor.moments(step)
+            targets = _all_targets(executor, step, todo, hessian, drift, plan)
+            shared = _prepared(hessian, {part.leaf: plan[part.leaf] for part in todo})
+            hessian = drift = None
         else:
             executor.advance(step)
         for part in step.parts:
@@ -150,7 +158,9 @@ def quantize(
                 weight, row = finished[name]
                 weight = jax.tree.map(lambda array: jnp.asarray(array[...]), weight)
             else:
-                weight, row = _solve_part(executor, site, part, shared[part.leaf], *plan[part.leaf])
+                weight, row = _solve_part(
+                    executor, site, part, targets.pop(_key(part), None), shared[part.leaf], *plan[part.leaf]
+                )
                 row = dataclasses.replace(row, seconds=time.perf_counter() - clock)
                 if finished is not None:
                     finished[name] = weight, row
@@ -252,51 +262,94 @@ def _prepared(hessian: Hessian, plan: dict[int, tuple[Grid, Method]]) -> dict[in
     return {leaf: of(*settings) for leaf, settings in plan.items()}
 
 
+def _targets(method: str | Method) -> Targets | None:
+    method = METHODS[method] if isinstance(method, str) else method
+    return getattr(method, "targets", None)
+
+
+def _all_targets(
+    executor: "Executor", step: Step, todo: Sequence[Part], hessian: Hessian, drift: Drift | None, plan: dict
+) -> dict[tuple[int, Index], jax.Array]:
+    """What the parts of a step are to be solved towards, where that is not the parts themselves."""
+    found: dict[tuple[int, Index], jax.Array] = {}
+    if drift is None:
+        return found
+    wanted = {_key(part): _targets(plan[part.leaf][1]) for part in todo}
+    if hessian.total.ndim == 3:
+        hessian, drift = _share(hessian), drift._replace(inputs=_share_sums(hessian, drift.inputs))
+    by_ridge = {ridge: corrections(hessian, drift, ridge) for ridge in {t.ridge for t in wanted.values() if t}}
+    for number, part in enumerate(step.parts):
+        if targets := wanted.get(_key(part)):
+            correction = by_ridge[targets.ridge]
+            w = part.layout.to_matrix(executor.leaf(part.leaf, part.index))
+            matrices = w.reshape(-1, *w.shape[-2:]) if w.ndim > 2 else w
+            strengths = jnp.array([targets.inputs, targets.residual], jnp.float32)
+            target = moved(matrices, correction.inputs, correction.residuals.get(number), strengths)
+            found[_key(part)] = target.reshape(w.shape)
+    return found
+
+
 def _solve_part(
-    executor: "Executor", site: Site, part: Part, shared: Any, grid: Grid, method: Method
+    executor: "Executor", site: Site, part: Part, target: Any, shared: Any, grid: Grid, method: Method
 ) -> tuple[QuantizedTensor, Row]:
-    """shared: of `_prepared`."""
+    """target: what to solve towards; None: the weight itself. shared: of `_prepared`."""
     w = part.layout.to_matrix(executor.leaf(part.leaf, part.index))
+    target = w if target is None else target
     if w.ndim == 2:
-        weight, info = method.solve(w, shared, grid)
-        error = info.relative_error if isinstance(method, RTN) else _rtn_error(w, shared, info, grid)
+        weight, info = method.solve(target, shared, grid)
+        same = isinstance(method, RTN) and target is w
+        error = info.relative_error if same else _rtn_error(w, target, shared, info, grid)
     else:
-        batch = w.shape[:-2]
-        weight, info, error = _solve_batch(w.reshape(-1, *w.shape[-2:]), _share(shared), grid, method)
-        weight = jax.tree.map(lambda array: array.reshape(*batch, *array.shape[1:]), weight)
-    weight = dataclasses.replace(weight, layout=part.layout)
+        matrices, targets = (matrix.reshape(-1, *w.shape[-2:]) for matrix in (w, target))
+        weight, info, error = _solve_batch(matrices, targets, _share(shared), grid, method)
+        weight = jax.tree.map(lambda array: array.reshape(*w.shape[:-2], *array.shape[1:]), weight)
+    weight = dataclasses.replace(weight, layout=part.layout, dtype=w.dtype)
     row = _row(site.name(part), part, weight, w, info, error, shared.tokens, grid, method)
     return weight, row
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "method"))
-def _solve_batch(w: jax.Array, hessian: Hessian, grid: Grid, method: Method) -> Any:
+def _solve_batch(w: jax.Array, target: jax.Array, hessian: Hessian, grid: Grid, method: Method) -> Any:
     """One matrix after another, each on its own Hessian: only one factor is in memory."""
 
     def solve(operands):
-        weight, info = method.solve(*operands, grid)
-        return weight, info, _rtn_error(*operands, info, grid)
+        w, target, hessian = operands
+        weight, info = method.solve(target, hessian, grid)
+        return weight, info, _rtn_error(w, target, hessian, info, grid)
 
-    return jax.lax.map(solve, (w, hessian))
+    return jax.lax.map(solve, (w, target, hessian))
 
 
 @jax.jit
 def _share(hessian: Hessian) -> Hessian:
     """A matrix that saw fewer tokens than it has inputs gets the Hessian of all."""
-    starved = hessian.tokens < hessian.in_features
-    total = jnp.where(starved[:, None, None], jnp.sum(hessian.total, axis=0), hessian.total)
-    return Hessian(total, jnp.where(starved, jnp.sum(hessian.tokens), hessian.tokens))
-
-
-def _rtn_error(w: jax.Array, shared: Any, info: Info, grid: Grid) -> jax.Array:
-    """The relative output error of rounding to nearest."""
-    return _rounding_error(w, shared, info.output, levels(grid))
+    tokens = jnp.where(_starved(hessian), jnp.sum(hessian.tokens), hessian.tokens)
+    return Hessian(_share_sums(hessian, hessian.total), tokens)
 
 
 @jax.jit
-def _rounding_error(w: jax.Array, shared: Any, output: jax.Array, grid: Levels) -> jax.Array:
-    errors = over_outputs(lambda tile: shared.energy(tile - nearest(tile, grid)[-1]), w.astype(jnp.float32))
-    return relative(jnp.sum(errors), output)
+def _share_sums(hessian: Hessian, sums: jax.Array) -> jax.Array:
+    return jnp.where(_starved(hessian)[:, None, None], jnp.sum(sums, axis=0), sums)
+
+
+def _starved(hessian: Hessian) -> jax.Array:
+    return hessian.tokens < hessian.in_features
+
+
+def _rtn_error(w: jax.Array, target: jax.Array, shared: Any, info: Info, grid: Grid) -> jax.Array:
+    """The relative output error of rounding to nearest."""
+    return _rounding_error(w, target, shared, info.output, levels(grid))
+
+
+@jax.jit
+def _rounding_error(w: jax.Array, target: jax.Array, shared: Any, output: jax.Array, grid: Levels) -> jax.Array:
+    def error(both):
+        w, target = both[:w_in], both[w_in:]
+        return shared.energy(target - nearest(w, grid)[-1])
+
+    w_in = w.shape[0]
+    both = jnp.concatenate([w.astype(jnp.float32), target.astype(jnp.float32)])
+    return relative(jnp.sum(over_outputs(error, both)), output)
 
 
 def _plan(sites, grid: Grid, method: Method, rules: Sequence[Rule]) -> dict[int, tuple[Grid, Method]]:
@@ -448,6 +501,7 @@ class Executor:
         *,
         keep_outputs: bool = False,
         on_host: bool = False,
+        follow_float: bool = False,
     ):
         batches = _checked_batches(batches)
         self._leaves = []
@@ -457,6 +511,7 @@ class Executor:
             self._leaves.append(leaf)
         self._quantized: dict[tuple[int, Index], jax.Array] = {}
         self._programs: dict[Program, Program] = {}
+        self._follow_float, self._replaced = follow_float, False
         by_shape: dict[Any, list] = {}
         for batch in batches:
             by_shape.setdefault(_signature(batch), []).append(batch)
@@ -468,6 +523,7 @@ class Executor:
                 self._programs,
                 keep_outputs=keep_outputs,
                 on_host=on_host,
+                read_float=self.float_leaf if follow_float else None,
             )
             for group in by_shape.values()
         ]
@@ -496,12 +552,7 @@ class Executor:
         """Part of a leaf as it now is: quantized where that is done."""
         if (number, index) in self._quantized:
             return self._quantized[number, index]
-        leaf = self._leaves[number]
-        shape = np.shape(leaf)
-        ranges = tuple(slice(*bounds) for bounds in index)
-        if _is_lazy(leaf) or any(bounds != (0, size) for bounds, size in zip(index, shape, strict=True)):
-            leaf = leaf[ranges]
-        part = jnp.asarray(leaf)
+        part = self.float_leaf(number, index)
         for (other, theirs), values in self._quantized.items():
             shared = [(max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(index, theirs, strict=False)]
             if other == number and all(start < stop for start, stop in shared):
@@ -512,8 +563,17 @@ class Executor:
                 part = part.at[mine].set(values[its])
         return part
 
+    def float_leaf(self, number: int, index: Index) -> jax.Array:
+        """Part of a leaf as it was given."""
+        leaf = self._leaves[number]
+        shape = np.shape(leaf)
+        if _is_lazy(leaf) or any(bounds != (0, size) for bounds, size in zip(index, shape, strict=True)):
+            leaf = leaf[tuple(slice(*bounds) for bounds in index)]
+        return jnp.asarray(leaf)
+
     def replace(self, part: Part, values: jax.Array) -> None:
         """Puts quantized values in place of part of a leaf for all equations still to run."""
+        self._replaced = True
         self._quantized[_key(part)] = values
 
     def check_weights(self, sites: Sequence[Site]) -> None:
@@ -531,23 +591,54 @@ class Executor:
         for key in [key for key in self._quantized if all(stream.has_passed(*key) for stream in self._streams)]:
             del self._quantized[key]
 
-    def hessian(self, step: Step) -> Hessian:
-        """Advances to a step and sums the Hessian of its activations.
+    def moments(self, step: Step) -> tuple[Hessian, Drift | None]:
+        """Advances to a step and sums the Hessian of its activations, and how they differ from the float model's.
 
-        Where its weights are needed before all of their activations are known (shared by several calls, or tied), the
-        equations in between run on the weights as they are, and then again from the start of the step.
+        The drift is None if float activations are not followed, or do not differ yet. Its residuals are by the number
+        of a part in the step. Where the step's weights are needed before all of their activations are known (shared by
+        several calls, or tied), the equations in between run on the weights as they are, and then again from the start
+        of the step.
         """
         self.advance(step)
-        hessian = empty_hessian(step.parts[0].layout)
+        layout = step.parts[0].layout
+        hessian, drift = empty_hessian(layout), None
+        if self._follow_float and self._replaced:
+            writes = [
+                (number, part.layout.out_features)
+                for number, part in enumerate(step.parts)
+                if any(read.added for read in part.reads)
+            ]
+            residuals = {number: jnp.zeros((layout.in_features, size), jnp.float32) for number, size in writes}
+            drift = Drift(jnp.zeros_like(hessian.total), residuals)
         for stream, own in zip(self._streams, self._steps[id(step)], strict=True):
             snapshot = stream.snapshot() if any(read.position > own.start for read in own.reads) else None
-            for read in sorted(own.reads, key=lambda read: read.position):
+            order = sorted(range(len(own.reads)), key=lambda number: own.reads[number].position)
+            for number in order:
+                read = own.reads[number]
                 stream.advance(read.position)
                 for operands in zip(*map(stream.values, read.activations), strict=True):
                     hessian = _accumulate(hessian, read.product, *operands)
+                if drift is not None:
+                    drift = self._drift(drift, stream, read, [part.reads[number].added for part in own.parts])
             if snapshot is not None:
                 stream.restore(snapshot)
-        return hessian
+        return hessian, drift
+
+    def _drift(self, drift: Drift, stream: Stream, read: Read, added: Sequence[tuple[Added, ...]]) -> Drift:
+        """Adds one product's activations. added: for each part, what its product is added to."""
+        operands = zip(*map(stream.values, read.activations), strict=True)
+        float_operands = zip(*map(stream.float_values, read.activations), strict=True)
+        for batch, (own, theirs) in enumerate(zip(operands, float_operands, strict=True)):
+            inputs = _accumulate_cross(drift.inputs, read.product, own, theirs)
+            residuals = dict(drift.residuals)
+            for number, values in enumerate(added):
+                for value in values:
+                    pair = stream.values(value.value)[batch], stream.float_values(value.value)[batch]
+                    residuals[number] = _accumulate_residual(
+                        residuals[number], read.product, value.outputs, own[0], *pair
+                    )
+            drift = Drift(inputs, residuals)
+        return drift
 
     def outputs(self) -> list[Any]:
         """The function's outputs for each batch (batches of one shape together); needs keep_outputs."""
@@ -579,3 +670,16 @@ def _all_finite(leaf: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="product", donate_argnames="hessian")
 def _accumulate(hessian: Hessian, product: Product, *operands: jax.Array) -> Hessian:
     return product.add(hessian, *operands)
+
+
+@functools.partial(jax.jit, static_argnames="product", donate_argnames="total")
+def _accumulate_cross(total: jax.Array, product: Product, operands: tuple, float_operands: tuple) -> jax.Array:
+    return total + product.cross(*operands, *float_operands)
+
+
+@functools.partial(jax.jit, static_argnames=("product", "outputs"), donate_argnames="total")
+def _accumulate_residual(
+    total: jax.Array, product: Dot, outputs: Outputs, x: jax.Array, value: jax.Array, float_value: jax.Array
+) -> jax.Array:
+    drift = outputs.rows(float_value.astype(jnp.float32) - value.astype(jnp.float32))
+    return total + jnp.dot(product.rows(x).astype(jnp.float32).T, drift, precision=HIGHEST)

@@ -25,6 +25,7 @@ from jgptq.grid import Grid, scales_at_limit
 from jgptq.hessian import HIGHEST, Factor, Hessian, factor
 from jgptq.solvers import fits
 from jgptq.solvers.method import Info, check_damp, check_hessian, check_weight, over_outputs, pack, relative
+from jgptq.targets import Targets
 
 ActOrder = Literal[False, True, "static", "group"]
 ACT_ORDERS = (False, True, "static", "group")
@@ -48,6 +49,7 @@ class GPTQ:
     block_size: int = 128
     scale_search: ScaleSearch = "in_loop"
     sweeps: int = 2
+    targets: Targets | None = dataclasses.field(default_factory=Targets)
     name: str = dataclasses.field(default="gptq", init=False)
 
     def prepare(self, hessian: Hessian, grid: Grid) -> "Prepared":

@@ -18,14 +18,13 @@ from jgptq.tracing.products import Dot, Product
 PASSING = ("convert_element_type", "reshape", "squeeze", "expand_dims", "copy", "name", "sharding_constraint")
 
 
-class Added(NamedTuple):
-    """A value added to a product's result, and how to see it as that result: (tokens, out).
+class Outputs(NamedTuple):
+    """How to see a value added to a product's result as (tokens, out).
 
-    steps: from the value back to the result: a permutation of its axes, or a shape.
-    first: whether the outputs come before the tokens. out_features: how many outputs there are.
+    steps: from the value back to the result: a permutation of its axes, or a shape. first: whether the outputs come
+    before the tokens in the result.
     """
 
-    value: jex.Var
     steps: tuple[tuple[str, tuple[int, ...]], ...]
     first: bool
     out_features: int
@@ -34,6 +33,13 @@ class Added(NamedTuple):
         for kind, argument in self.steps:
             value = value.transpose(argument) if kind == "transpose" else value.reshape(argument)
         return value.reshape(self.out_features, -1).T if self.first else value.reshape(-1, self.out_features)
+
+
+class Added(NamedTuple):
+    """A value that a function adds to a product's result."""
+
+    value: jex.Var
+    outputs: Outputs
 
 
 class Sums:
@@ -71,7 +77,7 @@ class Sums:
                 (other,) = (atom for atom in equation.invars if atom is not value)
                 known = isinstance(other, jex.Var) and self._made.get(other, -1) < position
                 if known and other not in self._fixed and other.aval.shape == before:
-                    yield Added(other, steps, first, out_features)
+                    yield Added(other, Outputs(steps, first, out_features))
             elif name == "transpose":
                 permutation = equation.params["permutation"]
                 inverse = tuple(permutation.index(axis) for axis in range(len(permutation)))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 
 from jgptq.tracing.graph import Graph
@@ -19,6 +20,8 @@ class Program:
         # Objects the text knows only by identity live as long as the jaxpr, so no other can take their place.
         self.text = _jaxpr_text(self.jaxpr.jaxpr)
         self._hash = hash(self.text)
+        # Whether it chooses by comparing values: the experts of a token, say.
+        self.chooses = any(equation.primitive.name in CHOICES for equation in equations)
 
     def __hash__(self) -> int:
         return self._hash
@@ -31,6 +34,53 @@ class Program:
 def run(program: Program, arguments: list[Any]) -> list[Any]:
     """The program's outputs. Arguments are not donated: some are the caller's own arrays."""
     return jex.jaxpr_as_fun(program.jaxpr)(*arguments)
+
+
+# Equations whose results are places: in both models, those that the quantized one chooses.
+CHOICES = ("top_k", "sort", "argmax", "argmin")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_both(program: Program, arguments: list[Any], float_arguments: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The program's outputs on the values of two models, where the second follows the first one's choices.
+
+    Otherwise a token that the models send to different experts would be compared with another token.
+    """
+    jaxpr = program.jaxpr.jaxpr
+    values = {var: (const, const) for var, const in zip(jaxpr.constvars, program.jaxpr.consts, strict=True)}
+    values.update(zip(jaxpr.invars, zip(arguments, float_arguments, strict=True), strict=True))
+
+    def read(atom, model):
+        return atom.val if isinstance(atom, jex.Literal) else values[atom][model]
+
+    for equation in jaxpr.eqns:
+        operands = [[read(atom, model) for atom in equation.invars] for model in (0, 1)]
+        results = _evaluate(equation, operands[0])
+        chosen = equation.primitive.name in CHOICES
+        results_float = _chosen(equation, operands, results) if chosen else _evaluate(equation, operands[1])
+        values.update(zip(equation.outvars, zip(results, results_float, strict=True), strict=True))
+    return tuple([read(atom, model) for atom in jaxpr.outvars] for model in (0, 1))
+
+
+def _evaluate(equation: jex.JaxprEqn, operands: list[Any]) -> list[Any]:
+    inputs = [jex.Var(atom.aval) for atom in equation.invars]
+    outputs = [jex.Var(var.aval) for var in equation.outvars]
+    alone = close(inputs, outputs, [equation.replace(invars=inputs, outvars=outputs)])
+    return jex.jaxpr_as_fun(alone)(*operands)
+
+
+def _chosen(equation: jex.JaxprEqn, operands: list[list[Any]], results: list[Any]) -> list[Any]:
+    """The float model's results at the places that the quantized one chose."""
+    name, params = equation.primitive.name, equation.params
+    if name == "top_k":
+        axis = params.get("axis", -1) % results[1].ndim
+        return [jnp.take_along_axis(operands[1][0], results[1], axis=axis), results[1]]
+    if name != "sort":
+        return results
+    axis = params["dimension"]
+    places = jax.lax.broadcasted_iota(jnp.int32, results[0].shape, axis)
+    *_, order = jax.lax.sort((*operands[0], places), dimension=axis, is_stable=True, num_keys=params["num_keys"])
+    return [jnp.take_along_axis(operand, order, axis=axis) for operand in operands[1]]
 
 
 class Segment(NamedTuple):

@@ -10,13 +10,15 @@ import numpy as np
 
 from jgptq.tensor import Index
 from jgptq.tracing.graph import Graph
-from jgptq.tracing.segments import run, segment
+from jgptq.tracing.segments import run, run_both, segment
 
 
 class Stream:
     """Batches of one shape, and their values at the equation reached.
 
     read_part: gives the present values of part of a leaf. on_host: values wait in the host's memory between segments.
+    read_float: gives the values of part of a leaf in the float model. With it every batch runs twice, and
+    `float_values` has what the float model makes of it, but for its choices (see `segments.run_both`).
     """
 
     def __init__(
@@ -28,13 +30,16 @@ class Stream:
         *,
         keep_outputs: bool,
         on_host: bool,
+        read_float: Callable[[int, Index], Any] | None = None,
     ):
         self.graph = graph
         self.position = 0
         self._read_part = read_part
+        self._read_float = read_float
         self._programs = programs
         self._on_host = on_host
         self._batch_values = [dict(zip(graph.inputs, jax.tree.leaves(batch), strict=True)) for batch in batches]
+        self._float_values = [dict(values) for values in self._batch_values] if read_float else []
         self._last_use = dict(graph.last_use)
         if keep_outputs:
             end = len(graph.equations)
@@ -47,21 +52,34 @@ class Stream:
         live = {var for var, last in self._last_use.items() if last >= position}
         part = segment(self.graph, self.position, position, live)
         program = self._programs.setdefault(part.program, part.program)
-        common = {var: self._common(var) for var in part.inputs if self._is_common(var)}
-        for values in self._batch_values:
-            arguments = [common[var] if var in common else values[var] for var in part.inputs]
-            results = run(program, arguments)
-            values.update(zip(part.outputs, map(_to_host, results) if self._on_host else results, strict=True))
-            for var in [var for var in values if var not in live]:
-                del values[var]
+        common = {var: self._common(var, self._read_part) for var in part.inputs if self._is_common(var)}
+        if not self._read_float:
+            for values in self._batch_values:
+                self._keep(values, part.outputs, run(program, _arguments(part.inputs, common, values)), live)
+        else:
+            common_float = {var: self._common(var, self._read_float) for var in common}
+            for values, float_values in zip(self._batch_values, self._float_values, strict=True):
+                arguments = _arguments(part.inputs, common, values)
+                arguments_float = _arguments(part.inputs, common_float, float_values)
+                if program.chooses:
+                    results, results_float = run_both(program, arguments, arguments_float)
+                else:
+                    results, results_float = run(program, arguments), run(program, arguments_float)
+                self._keep(values, part.outputs, results, live)
+                self._keep(float_values, part.outputs, results_float, live)
         self.position = position
+
+    def _keep(self, values: dict, outputs: list[jex.Var], results: list[Any], live: set[jex.Var]) -> None:
+        values.update(zip(outputs, map(_to_host, results) if self._on_host else results, strict=True))
+        for var in [var for var in values if var not in live]:
+            del values[var]
 
     def snapshot(self) -> Any:
         """What `restore` takes to come back here."""
-        return self.position, [dict(values) for values in self._batch_values]
+        return self.position, *([dict(values) for values in each] for each in (self._batch_values, self._float_values))
 
     def restore(self, snapshot: Any) -> None:
-        self.position, self._batch_values = snapshot
+        self.position, self._batch_values, self._float_values = snapshot
 
     def has_passed(self, leaf: int, index: Index) -> bool:
         """Whether nothing from here on reads anything of part of a leaf."""
@@ -79,19 +97,30 @@ class Stream:
 
     def values(self, atom: Any) -> list[Any]:
         """A variable's value for each batch."""
+        return self._each(atom, self._read_part, self._batch_values)
+
+    def float_values(self, atom: Any) -> list[Any]:
+        """A variable's value for each batch in the float model."""
+        return self._each(atom, self._read_float, self._float_values)
+
+    def _each(self, atom: Any, read: Callable[[int, Index], Any], batches: list[dict]) -> list[Any]:
         if isinstance(atom, jex.Literal):
-            return [jnp.asarray(atom.val, atom.aval.dtype)] * len(self._batch_values)
+            return [jnp.asarray(atom.val, atom.aval.dtype)] * len(batches)
         if self._is_common(atom):
-            return [self._common(atom)] * len(self._batch_values)
-        return [values[atom] for values in self._batch_values]
+            return [self._common(atom, read)] * len(batches)
+        return [values[atom] for values in batches]
 
     def _is_common(self, var: jex.Var) -> bool:
         return var in self.graph.parts or var in self.graph.constants
 
-    def _common(self, var: jex.Var) -> Any:
+    def _common(self, var: jex.Var, read: Callable[[int, Index], Any]) -> Any:
         if var in self.graph.parts:
-            return self._read_part(*self.graph.parts[var])
+            return read(*self.graph.parts[var])
         return self.graph.constants[var]
+
+
+def _arguments(inputs: list[jex.Var], common: dict, values: dict) -> list[Any]:
+    return [common[var] if var in common else values[var] for var in inputs]
 
 
 def _to_host(array: jax.Array) -> Any:
