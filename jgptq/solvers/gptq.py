@@ -137,7 +137,8 @@ def _prepare(hessian, group_length, damp, act_order, block_size):
     plan = _plan(hessian.in_features, group_length, block_size)
     diagonal = jnp.diagonal(hessian.total)
     inputs, groups = _order(diagonal, plan, act_order)
-    dead, finite = jnp.sum(diagonal <= 0), jnp.all(jnp.isfinite(hessian.total))
+    # Infinity times 0 is NaN, as is any sum with it; the Booleans of isfinite would take a quarter of a Hessian.
+    dead, finite = jnp.sum(diagonal <= 0), jnp.isfinite(jnp.sum(hessian.total * 0.0))
     return Prepared(inputs, groups, factor(hessian, damp, inputs), hessian.tokens, dead, finite)
 
 
