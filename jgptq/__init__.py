@@ -11,7 +11,7 @@ from jgptq.kernels.prepack import prepack, unprepack
 from jgptq.modules import find_weights, quantize, quantized
 from jgptq.perplexity import compare, perplexity
 from jgptq.quantize import Options, QuantizationWarning, Report, Row
-from jgptq.solvers import GPTQ, METHODS, OBQ, RTN, Info, gptq, obq, rtn
+from jgptq.solvers import GPTQ, METHODS, OBQ, PRESETS, RTN, Info, Targets, gptq, obq, rtn
 from jgptq.tensor import QuantizedTensor, dequantize
 
 __version__ = importlib.metadata.version("jgptq")
@@ -20,6 +20,7 @@ __all__ = [
     "GPTQ",
     "METHODS",
     "OBQ",
+    "PRESETS",
     "RTN",
     "Grid",
     "Hessian",
@@ -29,6 +30,7 @@ __all__ = [
     "QuantizedTensor",
     "Report",
     "Row",
+    "Targets",
     "__version__",
     "compare",
     "dequantize",

@@ -36,7 +36,7 @@ from jgptq.grid import BITS, Grid
 from jgptq.perplexity import compare, count_scored, perplexity
 from jgptq.quantize import Options, Row, Rule, quantize
 from jgptq.report import nbytes, read_report, report_html, report_json, report_table, weights_table
-from jgptq.solvers import METHODS
+from jgptq.solvers import METHODS, PRESETS, QUALITIES
 from jgptq.tensor import QuantizedTensor, from_codes
 from jgptq.tracing.graph import leaf_paths
 
@@ -129,6 +129,12 @@ def _parser() -> _Parser:
         default="gptq",
         choices=tuple(METHODS),
         help="gptq (default); rtn: round to nearest; obq: exact and slow, for a few hundred inputs",
+    )
+    sub.add_argument(
+        "--quality",
+        default="balanced",
+        choices=QUALITIES,
+        help="fast: plain GPTQ; balanced (default): more accurate, in up to three times the time; best: slower still",
     )
     sub.add_argument(
         "--format",
@@ -251,7 +257,7 @@ def _quantize(options: argparse.Namespace) -> None:
     }
     template = _chat_template(options, model)
     batches = calibration.batches(texts, tokenizer, **window, chat_template=template)
-    settings = {"grid": grid, "method": METHODS[options.method], "rules": rules}
+    settings = {"grid": grid, "method": PRESETS[options.method][options.quality], "rules": rules}
     directory = options.out.absolute().parent / f".{options.out.name}.jgptq-unfinished"
     with _interruptible() as check, _progress() as progress:
         task = progress.add_task("reading the model's files", total=None, loss="")

@@ -12,6 +12,7 @@ FLOORS = (
     ("tensor", "hessian"),
     ("solvers", "kernels"),
     ("tracing", "models", "chat"),
+    ("executor",),
     ("quantize", "checkpoints", "documents"),
     ("calibration", "generate", "perplexity", "finetune", "modules", "report", "demo_text"),
     ("demo",),

@@ -9,7 +9,7 @@ from jax import lax
 
 import jgptq
 from jgptq import GPTQ, Grid, Options, QuantizedTensor
-from jgptq.quantize import Executor
+from jgptq.executor import Executor
 
 GRID = Grid(bits=4, group_size=8)
 

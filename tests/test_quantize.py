@@ -11,7 +11,7 @@ import pytest
 
 import jgptq
 from jgptq import GPTQ, Grid, Options, QuantizationWarning, QuantizedTensor
-from jgptq.quantize import Executor
+from jgptq.executor import Executor
 from jgptq.report import nbytes, report_json, report_table, weights_table
 
 GRID = Grid(bits=4, group_size=16)

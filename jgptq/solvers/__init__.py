@@ -1,10 +1,37 @@
-"""The quantization methods, one a file, and the table that names them."""
+"""The quantization methods, one a file, and the tables that name them."""
 
 from jgptq.solvers.gptq import GPTQ, gptq
 from jgptq.solvers.method import Info, Method
 from jgptq.solvers.obq import OBQ, obq
 from jgptq.solvers.rtn import RTN, nearest, rtn
+from jgptq.solvers.targets import Targets
 
-METHODS: dict[str, Method] = {method.name: method for method in (RTN(), GPTQ(), OBQ())}
+QUALITIES = ("fast", "balanced", "best")
+# What a method's name stands for, by quality. "fast" looks at each weight once; "balanced" takes at most three times
+# as long.
+PRESETS: dict[str, dict[str, Method]] = {
+    "rtn": dict.fromkeys(QUALITIES, RTN()),
+    "gptq": {
+        "fast": GPTQ(scale_search=None, sweeps=0, targets=None),
+        "balanced": GPTQ(),
+        "best": GPTQ(sweeps=4),
+    },
+    "obq": dict.fromkeys(QUALITIES, OBQ()),
+}
+METHODS: dict[str, Method] = {name: presets["balanced"] for name, presets in PRESETS.items()}
 
-__all__ = ["GPTQ", "METHODS", "OBQ", "RTN", "Info", "Method", "gptq", "nearest", "obq", "rtn"]
+__all__ = [
+    "GPTQ",
+    "METHODS",
+    "OBQ",
+    "PRESETS",
+    "QUALITIES",
+    "RTN",
+    "Info",
+    "Method",
+    "Targets",
+    "gptq",
+    "nearest",
+    "obq",
+    "rtn",
+]

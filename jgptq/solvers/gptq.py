@@ -25,7 +25,7 @@ from jgptq.grid import Grid, scales_at_limit
 from jgptq.hessian import HIGHEST, Factor, Hessian, factor
 from jgptq.solvers import fits
 from jgptq.solvers.method import Info, check_damp, check_hessian, check_weight, over_outputs, pack, relative
-from jgptq.targets import Targets
+from jgptq.solvers.targets import Targets
 
 ActOrder = Literal[False, True, "static", "group"]
 ACT_ORDERS = (False, True, "static", "group")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jgptq.quantize import Executor
+from jgptq.executor import Executor
 from jgptq.tracing.graph import trace
 from jgptq.tracing.segments import segment
 

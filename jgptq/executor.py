@@ -1,0 +1,246 @@
+"""All calibration batches at once through a function's equations, stopping at each product with a weight."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jgptq.hessian import HIGHEST, Hessian
+from jgptq.solvers.targets import Drift
+from jgptq.tensor import Index
+from jgptq.tracing.graph import Part, Read, Site, Step, leaf_paths, trace
+from jgptq.tracing.products import Dot, Product, empty_hessian
+from jgptq.tracing.residual import Added, Outputs
+from jgptq.tracing.segments import Program
+from jgptq.tracing.stream import Stream
+
+NOT_FINITE = "NaN or infinity in {}; repair or leave alone such weights with a rule"
+
+
+def partpart_key(part: Part) -> tuple[int, Index]:
+    """What tells a part from all others."""
+    return part.leaf, part.index
+
+
+class Executor:
+    """Runs a function's equations over all batches at once, in segments that end at products with weights."""
+
+    def __init__(
+        self,
+        f: Callable,
+        params: Any,
+        batches: Iterable[Any],
+        *,
+        keep_outputs: bool = False,
+        on_host: bool = False,
+        follow_float: bool = False,
+    ):
+        batches = _checked_batches(batches)
+        self._leaves = []
+        for path, leaf in leaf_paths(params):
+            if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
+                raise TypeError(f"{path} is a {type(leaf).__name__}, with no values; give arrays, outside of jit")
+            self._leaves.append(leaf)
+        self._quantized: dict[tuple[int, Index], jax.Array] = {}
+        self._programs: dict[Program, Program] = {}
+        self._follow_float, self._replaced = follow_float, False
+        by_shape: dict[Any, list] = {}
+        for batch in batches:
+            by_shape.setdefault(_signature(batch), []).append(batch)
+        self._streams = [
+            Stream(
+                trace(f, params, *group[0]),
+                group,
+                self.leaf,
+                self._programs,
+                keep_outputs=keep_outputs,
+                on_host=on_host,
+                read_float=self.float_leaf if follow_float else None,
+            )
+            for group in by_shape.values()
+        ]
+        self.sites = self._streams[0].graph.sites
+
+    def choose(self, leaves: Iterable[int] | None = None) -> list[Step]:
+        """The steps in which these leaves (None: all that are quantizable) are to be solved, in order."""
+        leaves = [site.leaf for site in self.sites if site.quantizable] if leaves is None else list(leaves)
+        steps = [stream.graph.steps(leaves) for stream in self._streams]
+        keys = [[[part_key(part) for part in step.parts] for step in theirs] for theirs in steps]
+        if any(other != keys[0] for other in keys[1:]):
+            raise ValueError(
+                "the function uses other weights, or in another order, on batches of other shapes; "
+                "give calibration batches of one shape"
+            )
+        # A step as each stream's own graph has it.
+        self._steps = {id(theirs[0]): theirs for theirs in zip(*steps, strict=True)}
+        return steps[0]
+
+    @property
+    def programs(self) -> int:
+        """Distinct programs compiled so far."""
+        return len(self._programs)
+
+    def leaf(self, number: int, index: Index) -> jax.Array:
+        """Part of a leaf as it now is: quantized where that is done."""
+        if (number, index) in self._quantized:
+            return self._quantized[number, index]
+        part = self.float_leaf(number, index)
+        for (other, theirs), values in self._quantized.items():
+            shared = [(max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(index, theirs, strict=False)]
+            if other == number and all(start < stop for start, stop in shared):
+                mine, its = (
+                    tuple(slice(start - o[0], stop - o[0]) for (start, stop), o in zip(shared, origin, strict=True))
+                    for origin in (index, theirs)
+                )
+                part = part.at[mine].set(values[its])
+        return part
+
+    def float_leaf(self, number: int, index: Index) -> jax.Array:
+        """Part of a leaf as it was given."""
+        leaf = self._leaves[number]
+        shape = np.shape(leaf)
+        if _is_lazy(leaf) or any(bounds != (0, size) for bounds, size in zip(index, shape, strict=True)):
+            leaf = leaf[tuple(slice(*bounds) for bounds in index)]
+        return jnp.asarray(leaf)
+
+    def replace(self, part: Part, values: jax.Array) -> None:
+        """Puts quantized values in place of part of a leaf for all equations still to run."""
+        self._replaced = True
+        self._quantized[part_key(part)] = values
+
+    def check_weights(self, sites: Sequence[Site]) -> None:
+        """Lazy leaves are checked when they are solved."""
+        here = [site for site in sites if not _is_lazy(self._leaves[site.leaf])]
+        flags = jax.device_get([all_finite(jnp.asarray(self._leaves[site.leaf])) for site in here])
+        bad = [site.path for site, finite in zip(here, flags, strict=True) if not finite]
+        if bad:
+            raise ValueError(NOT_FINITE.format(", ".join(bad[:5])))
+
+    def advance(self, step: Step) -> None:
+        """Advances all batches to where a step's weights are first needed."""
+        for stream, own in zip(self._streams, self._steps[id(step)], strict=True):
+            stream.advance(own.start)
+        for key in [key for key in self._quantized if all(stream.has_passed(*key) for stream in self._streams)]:
+            del self._quantized[key]
+
+    def moments(self, step: Step) -> tuple[Hessian, Drift | None]:
+        """Advances to a step and sums the Hessian of its activations, and how they differ from the float model's.
+
+        The drift is None if float activations are not followed, or do not differ yet. Its residuals are by the number
+        of a part in the step. Where the step's weights are needed before all of their activations are known (shared by
+        several calls, or tied), the equations in between run on the weights as they are, and then again from the start
+        of the step.
+        """
+        self.advance(step)
+        layout = step.parts[0].layout
+        hessian, drift = empty_hessian(layout), None
+        if self._follow_float and self._replaced:
+            writes = [
+                (number, part.layout.out_features)
+                for number, part in enumerate(step.parts)
+                if any(read.added for read in part.reads)
+            ]
+            residuals = {number: jnp.zeros((layout.in_features, size), jnp.float32) for number, size in writes}
+            drift = Drift(jnp.zeros_like(hessian.total), residuals)
+        for stream, own in zip(self._streams, self._steps[id(step)], strict=True):
+            snapshot = stream.snapshot() if any(read.position > own.start for read in own.reads) else None
+            order = sorted(range(len(own.reads)), key=lambda number: own.reads[number].position)
+            for number in order:
+                read = own.reads[number]
+                stream.advance(read.position)
+                for operands in zip(*map(stream.values, read.activations), strict=True):
+                    hessian = _accumulate(hessian, read.product, *operands)
+                if drift is not None:
+                    drift = self._drift(drift, stream, read, [part.reads[number].added for part in own.parts])
+            if snapshot is not None:
+                stream.restore(snapshot)
+        return hessian, drift
+
+    def _drift(self, drift: Drift, stream: Stream, read: Read, added: Sequence[tuple[Added, ...]]) -> Drift:
+        """Adds one product's activations. added: for each part, what its product is added to."""
+        operands = zip(*map(stream.values, read.activations), strict=True)
+        float_operands = zip(*map(stream.float_values, read.activations), strict=True)
+        for batch, (own, theirs) in enumerate(zip(operands, float_operands, strict=True)):
+            inputs = _accumulate_cross(drift.inputs, read.product, own, theirs)
+            residuals = dict(drift.residuals)
+            for number, values in enumerate(added):
+                for value in values:
+                    pair = stream.values(value.value)[batch], stream.float_values(value.value)[batch]
+                    residuals[number] = _accumulate_residual(
+                        residuals[number], read.product, value.outputs, own[0], *pair
+                    )
+            drift = Drift(inputs, residuals)
+        return drift
+
+    def outputs(self) -> list[Any]:
+        """The function's outputs for each batch (batches of one shape together); needs keep_outputs."""
+        results = []
+        for stream in self._streams:
+            results += stream.outputs()
+        return results
+
+
+def _is_lazy(leaf: Any) -> bool:
+    """Whether a leaf has a shape and a dtype, but its values only when asked for."""
+    return (
+        not isinstance(leaf, np.ndarray | np.generic | jax.Array)
+        and hasattr(leaf, "shape")
+        and hasattr(leaf, "__getitem__")
+    )
+
+
+def _signature(batch: tuple) -> Any:
+    leaves, tree = jax.tree.flatten(batch)
+    return tree, tuple((np.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in leaves)
+
+
+@jax.jit
+def all_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(leaf))
+
+
+@functools.partial(jax.jit, static_argnames="product", donate_argnames="hessian")
+def _accumulate(hessian: Hessian, product: Product, *operands: jax.Array) -> Hessian:
+    return product.add(hessian, *operands)
+
+
+@functools.partial(jax.jit, static_argnames="product", donate_argnames="total")
+def _accumulate_cross(total: jax.Array, product: Product, operands: tuple, float_operands: tuple) -> jax.Array:
+    return total + product.cross(*operands, *float_operands)
+
+
+@functools.partial(jax.jit, static_argnames=("product", "outputs"), donate_argnames="total")
+def _accumulate_residual(
+    total: jax.Array, product: Dot, outputs: Outputs, x: jax.Array, value: jax.Array, float_value: jax.Array
+) -> jax.Array:
+    drift = outputs.rows(float_value.astype(jnp.float32) - value.astype(jnp.float32))
+    return total + jnp.dot(product.rows(x).astype(jnp.float32).T, drift, precision=HIGHEST)
+
+
+def _checked_batches(batches: Any) -> list[tuple]:
+    """Each batch as the tuple of the function's inputs."""
+    if isinstance(batches, dict | str) or hasattr(batches, "shape") or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}; give a list of batches, each the tuple of the function's inputs: "
+            "[(x,), ...]"
+        )
+    batches = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    if not batches:
+        raise ValueError("no calibration data: batches is empty; give at least one batch of the function's inputs")
+    for number, batch in enumerate(batches):
+        for leaf in jax.tree.leaves(batch):
+            if not _has_values(leaf):
+                raise TypeError(
+                    f"batch {number} holds a {type(leaf).__name__}; its inputs are arrays or numbers: "
+                    "bind anything else to the function with functools.partial"
+                )
+    return batches
+
+
+def _has_values(leaf: Any) -> bool:
+    if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
+        return False
+    return hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)
