@@ -20,7 +20,7 @@ from jgptq.tracing.stream import Stream
 NOT_FINITE = "NaN or infinity in {}; repair or leave alone such weights with a rule"
 
 
-def partpart_key(part: Part) -> tuple[int, Index]:
+def part_key(part: Part) -> tuple[int, Index]:
     """What tells a part from all others."""
     return part.leaf, part.index
 
