@@ -11,12 +11,13 @@ from jgptq.kernels.prepack import prepack, unprepack
 from jgptq.modules import find_weights, quantize, quantized
 from jgptq.perplexity import compare, perplexity
 from jgptq.quantize import Options, QuantizationWarning, Report, Row
-from jgptq.solvers import GPTQ, METHODS, OBQ, PRESETS, RTN, Info, Targets, gptq, obq, rtn
+from jgptq.solvers import AWQ, GPTQ, METHODS, OBQ, PRESETS, RTN, Info, Targets, awq_scales, gptq, obq, rtn
 from jgptq.tensor import QuantizedTensor, dequantize
 
 __version__ = importlib.metadata.version("jgptq")
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "METHODS",
     "OBQ",
@@ -32,6 +33,7 @@ __all__ = [
     "Row",
     "Targets",
     "__version__",
+    "awq_scales",
     "compare",
     "dequantize",
     "find_weights",

@@ -11,6 +11,7 @@ import numpy as np
 from jgptq.hessian import HIGHEST, Hessian
 from jgptq.solvers.targets import Drift
 from jgptq.tensor import Index
+from jgptq.tracing.folding import Fold, Sources
 from jgptq.tracing.graph import Part, Read, Site, Step, leaf_paths, trace
 from jgptq.tracing.products import Dot, Product, empty_hessian
 from jgptq.tracing.residual import Added, Outputs
@@ -77,6 +78,19 @@ class Executor:
         # A step as each stream's own graph has it.
         self._steps = {id(theirs[0]): theirs for theirs in zip(*steps, strict=True)}
         return steps[0]
+
+    def folds(self, step: Step) -> tuple[Fold, ...] | None:
+        """What factors on a step's inputs can go into, in all graphs alike; None if there is nothing."""
+        own = zip(self._sources, self._steps[id(step)], strict=True)
+        first, *others = [sources.folds(theirs) for sources, theirs in own]
+        for other in others:
+            if first is None or other is None or len(first) != len(other) or not all(map(Fold.same_as, first, other)):
+                return None
+        return first
+
+    @functools.cached_property
+    def _sources(self) -> list[Sources]:
+        return [Sources(stream.graph) for stream in self._streams]
 
     @property
     def programs(self) -> int:

@@ -22,10 +22,11 @@ import numpy as np
 from jgptq.executor import NOT_FINITE, Executor, all_finite, part_key
 from jgptq.grid import Grid, Levels, levels
 from jgptq.hessian import Hessian
-from jgptq.solvers import METHODS, PRESETS, QUALITIES, RTN, Info, Method, nearest
+from jgptq.solvers import AWQ, METHODS, PRESETS, QUALITIES, RTN, Info, Method, nearest
 from jgptq.solvers.method import over_outputs, relative
 from jgptq.solvers.targets import Drift, Targets, corrections, moved
 from jgptq.tensor import Index, QuantizedTensor, dequantize, join
+from jgptq.tracing.folding import Fold, columns, fold_float, fold_packed
 from jgptq.tracing.graph import Part, Site, Step
 
 
@@ -141,14 +142,19 @@ def quantize(
     if finished is not None:
         _check_finished(finished, steps, names, sites, plan)
     _check_permutations(steps, sites, plan)
+    folds = _folds(executor, steps, sites, plan)
     rows: list[Row] = []
     packed: dict[int, dict[Index, QuantizedTensor]] = defaultdict(dict)
-    for step in steps:
-        todo = [part for part in step.parts if finished is None or names[part_key(part)] not in finished]
+    for number, step in enumerate(steps):
+        done = [part for part in step.parts if finished is not None and names[part_key(part)] in finished]
+        todo = [part for part in step.parts if part not in done]
+        own = _own_settings(step, steps, plan, number in folds)
         if todo:
             hessian, drift = executor.moments(step)
             targets = _all_targets(executor, step, todo, hessian, drift, plan)
-            shared = _prepared(hessian, {part.leaf: plan[part.leaf] for part in todo})
+            known = [finished[names[part_key(part)]][0].input_scales for part in done]
+            scales = _input_scales(executor, todo, targets, hessian, own, known)
+            shared = _prepared(hessian, {part.leaf: own[part.leaf] for part in todo}, scales)
             hessian = drift = None
         else:
             executor.advance(step)
@@ -160,8 +166,12 @@ def quantize(
                 weight = jax.tree.map(lambda array: jnp.asarray(array[...]), weight)
             else:
                 weight, row = _solve_part(
-                    executor, site, part, targets.pop(part_key(part), None), shared[part.leaf], *plan[part.leaf]
+                    executor, site, part, targets.pop(part_key(part), None), shared[part.leaf], *own[part.leaf]
                 )
+                if number in folds:
+                    row = dataclasses.replace(row, nbytes=row.nbytes - weight.input_scales.nbytes)
+                elif own[part.leaf] != plan[part.leaf]:
+                    row = dataclasses.replace(row, method=plan[part.leaf][1].name, notes=(*row.notes, NOT_SCALED))
                 row = dataclasses.replace(row, seconds=time.perf_counter() - clock)
                 if finished is not None:
                     finished[name] = weight, row
@@ -174,9 +184,13 @@ def quantize(
         shared = None  # before the next step makes its own
 
     leaves, tree = jax.tree.flatten(params)
+    all_parts = {
+        leaf: packed.pop(leaf, None) or {part.index: finished[names[part_key(part)]][0] for part in site.parts}
+        for leaf, site in sites.items()
+    }
+    _fold(leaves, all_parts, steps, folds)
     for leaf, site in sites.items():
-        parts = packed.pop(leaf, None) or {part.index: finished[names[part_key(part)]][0] for part in site.parts}
-        leaves[leaf] = _joined(site, parts)
+        leaves[leaf] = _joined(site, all_parts.pop(leaf))
     report = Report(
         rows=tuple(rows),
         skipped=tuple(
@@ -231,6 +245,88 @@ def _check_permutations(steps: Sequence[Step], sites: dict[int, Site], plan: dic
                 )
 
 
+NOT_SCALED = "its inputs come from nothing that could take scales: not scaled; AWQ(input_scales=True) keeps them"
+
+
+def _folds(
+    executor: Executor, steps: Sequence[Step], sites: dict[int, Site], plan: dict
+) -> dict[int, tuple[Fold, ...]]:
+    """What the scales of each step's inputs are to go into, by the step's number; none for a step where they cannot."""
+    parts = {part_key(part): part for step in steps for part in step.parts}
+
+    def takes(fold: Fold) -> bool:
+        if fold.leaf not in plan:
+            return True
+        part = parts.get((fold.leaf, fold.index))
+        return part is not None and not sites[fold.leaf].tied and columns(fold, part.layout) is not None
+
+    found = {}
+    for number, step in enumerate(steps):
+        methods = {plan[part.leaf][1] for part in step.parts}
+        if len(methods) == 1 and isinstance(*methods, AWQ) and not any(sites[part.leaf].tied for part in step.parts):
+            folds = executor.folds(step)
+            if folds is not None and all(map(takes, folds)):
+                found[number] = folds
+    return found
+
+
+def _own_settings(step: Step, steps: Sequence[Step], plan: dict, folds: bool) -> dict[int, tuple[Grid, Method]]:
+    """Grid and method of each leaf of a step: AWQ's solver alone where its scales can neither go elsewhere nor stay."""
+    own = {}
+    for part in step.parts:
+        grid, method = plan[part.leaf]
+        if isinstance(method, AWQ) and not folds and not method.input_scales:
+            method = method.solver
+        own[part.leaf] = grid, method
+    return own
+
+
+def _input_scales(
+    executor: Executor, todo: Sequence[Part], targets: dict, hessian: Hessian, own: dict, known: Sequence[Any]
+) -> dict[Method, jax.Array]:
+    """The scales of a step's inputs for each method that has such. known: those of its weights that are finished."""
+    if hessian.total.ndim != 2:
+        return {}
+    found = {}
+    for method in {own[part.leaf][1] for part in todo if isinstance(own[part.leaf][1], AWQ)}:
+        if known:
+            ones = np.ones(hessian.in_features, np.float32)
+            found[method] = jnp.asarray(ones if known[0] is None else known[0][...])
+            continue
+        parts = [part for part in todo if own[part.leaf][1] == method]
+        weights = (
+            targets[part_key(part)]
+            if part_key(part) in targets
+            else part.layout.to_matrix(executor.leaf(part.leaf, part.index))
+            for part in parts
+        )
+        found[method] = method.scales(weights, hessian, [own[part.leaf][0] for part in parts])
+    return found
+
+
+def _fold(
+    leaves: list[Any],
+    all_parts: dict[int, dict[Index, QuantizedTensor]],
+    steps: Sequence[Step],
+    folds: dict[int, tuple[Fold, ...]],
+) -> None:
+    """Moves the scales of inputs into what the inputs are computed from, in place."""
+    for number, targets in folds.items():
+        scales = all_parts[steps[number].parts[0].leaf][steps[number].parts[0].index].input_scales
+        if scales is None:
+            continue
+        factors = 1 / np.asarray(scales[...], np.float64)
+        for part in steps[number].parts:
+            weight = all_parts[part.leaf][part.index]
+            all_parts[part.leaf][part.index] = dataclasses.replace(weight, input_scales=None)
+        for fold in targets:
+            if fold.leaf in all_parts:
+                weight = all_parts[fold.leaf][fold.index]
+                all_parts[fold.leaf][fold.index] = fold_packed(weight, fold, factors)
+            else:
+                leaves[fold.leaf] = fold_float(jnp.asarray(leaves[fold.leaf][...]), fold, factors)
+
+
 _dequantize = jax.jit(dequantize)
 
 
@@ -242,8 +338,13 @@ def _joined(site: Site, parts: dict[Index, QuantizedTensor]) -> QuantizedTensor:
     return join(site.layout, {index: jax.tree.map(lambda a: a[...], weight) for index, weight in parts.items()})
 
 
-def _prepared(hessian: Hessian, plan: dict[int, tuple[Grid, Method]]) -> dict[int, Any]:
-    """What the solves of a step take, by leaf: the Hessian, or what the method prepares in its place."""
+def _prepared(
+    hessian: Hessian, plan: dict[int, tuple[Grid, Method]], scales: dict[Method, jax.Array]
+) -> dict[int, Any]:
+    """What the solves of a step take, by leaf: the Hessian, or what the method prepares in its place.
+
+    scales: of the inputs, for methods that have such.
+    """
     prepared: dict[Any, Any] = {}
 
     def of(grid: Grid, method: Method) -> Any:
@@ -252,7 +353,8 @@ def _prepared(hessian: Hessian, plan: dict[int, tuple[Grid, Method]]) -> dict[in
         key = grid.group_length(hessian.in_features), method
         if key not in prepared:
             # Done with the Hessian before a weight takes memory beside it.
-            prepared[key] = jax.block_until_ready(method.prepare(hessian, grid))
+            own = (scales[method],) if method in scales else ()
+            prepared[key] = jax.block_until_ready(method.prepare(hessian, grid, *own))
         return prepared[key]
 
     return {leaf: of(*settings) for leaf, settings in plan.items()}
@@ -288,7 +390,7 @@ def _solve_part(
     target = w if target is None else target
     if w.ndim == 2:
         weight, info = method.solve(target, shared, grid)
-        same = isinstance(method, RTN) and target is w
+        same = method == RTN() and target is w
         error = info.relative_error if same else _rtn_error(w, target, shared, info, grid)
     else:
         matrices, targets = (matrix.reshape(-1, *w.shape[-2:]) for matrix in (w, target))

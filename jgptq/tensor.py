@@ -124,6 +124,8 @@ class QuantizedTensor:
     zeros: (batch…, groups, out) uint8; None: the symmetric grid's constant 2**(bits - 1). Where a file has groups that
         begin anywhere they are float32 (see `has_integer_zeros`).
     permutation: (batch…, in) int32; stored row k is input permutation[k]. None: natural order.
+    input_scales: (batch…, in) float32, in natural order: what each input is divided by before the product, which is
+        to say each row of the matrix. None: nothing. See `jgptq.solvers.awq`.
     group_size: stored rows that share a scale; the last group may be short.
     dtype: of the logical array; layout: how that array maps to (batch…, in, out).
 
@@ -134,6 +136,7 @@ class QuantizedTensor:
     scales: Any
     zeros: Any
     permutation: Any
+    input_scales: Any = None
     bits: int = dataclasses.field(metadata={"static": True})
     group_size: int = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
@@ -173,6 +176,8 @@ class QuantizedTensor:
         parts = [f"{self.bits} bits", f"group {self.group_size}", "symmetric" if self.symmetric else "asymmetric"]
         if self.permutation is not None:
             parts.append("permuted")
+        if self.input_scales is not None:
+            parts.append("inputs scaled")
         shape = self.shape if hasattr(self.codes, "shape") else self.layout.shape
         return f"QuantizedTensor({jnp.dtype(self.dtype).name}{list(shape)}, {', '.join(parts)})"
 
@@ -232,19 +237,19 @@ def has_integer_zeros(weight: QuantizedTensor) -> bool:
 
 
 def stored_matrix(weight: QuantizedTensor, dtype: Any = jnp.float32) -> Float[Array, "*batch in out"]:
-    """The (in, out) matrix in stored row order; arithmetic in float32, result in `dtype`."""
+    """The (in, out) matrix of scaled inputs in stored row order; arithmetic in float32, result in `dtype`."""
     codes = packing.unpack(weight.codes, weight.bits, weight.in_features).astype(jnp.float32)
     zeros = jnp.float32(2 ** (weight.bits - 1)) if weight.zeros is None else _by_row(weight, weight.zeros)
     return grids.decode(codes, _by_row(weight, weight.scales), zeros).astype(dtype)
 
 
 def matrix(weight: QuantizedTensor, dtype: Any = jnp.float32) -> Float[Array, "*batch in out"]:
-    """The (in, out) matrix with inputs in natural order."""
-    stored = stored_matrix(weight, dtype)
-    if weight.permutation is None:
-        return stored
-    inverse = jnp.argsort(weight.permutation, axis=-1)
-    return jnp.take_along_axis(stored, inverse[..., None], axis=-2)
+    """The (in, out) matrix with inputs in natural order, for inputs that are not scaled."""
+    rows = stored_matrix(weight, dtype if weight.input_scales is None else jnp.float32)
+    if weight.permutation is not None:
+        inverse = jnp.argsort(weight.permutation, axis=-1)
+        rows = jnp.take_along_axis(rows, inverse[..., None], axis=-2)
+    return rows if weight.input_scales is None else (rows / weight.input_scales[..., None]).astype(dtype)
 
 
 def dequantize(weight: QuantizedTensor) -> Array:
@@ -387,28 +392,32 @@ def join(layout: Layout, parts: dict[Index, QuantizedTensor]) -> QuantizedTensor
         return tuple(result)
 
     def assemble(name: str) -> np.ndarray | None:
-        array = getattr(first, name)
-        if array is None:
+        arrays = {index: getattr(part, name) for index, part in parts.items()}
+        if all(array is None for array in arrays.values()):
             return None
+        if name == "input_scales":
+            ones = np.ones((*first.codes.shape[:-2], layout.in_features), np.float32)
+            arrays = {index: ones if array is None else array for index, array in arrays.items()}
+        array = arrays[next(iter(parts))]
         tail = array.shape[len(first.layout.batch_axes) :]
-        by_column = name != "permutation"
+        by_column = name not in ("permutation", "input_scales")
         whole = np.full((*batch, *tail[:-1], columns.size) if by_column else (*batch, *tail), -1).astype(array.dtype)
         for index, part in parts.items():
             target = whole[ranges(index, layout.batch_axes)]
-            values = np.asarray(getattr(part, name))
+            values = np.asarray(arrays[index])
             values = values.reshape(*target.shape[: len(batch)], *values.shape[len(part.layout.batch_axes) :])
             if by_column:
                 target[..., columns[ranges(index, layout.out_axes)].ravel()] = values
                 continue
             if np.any((target != -1) & (target != values)):
                 raise ValueError(
-                    "parts of one weight that lie side by side were permuted differently, as they saw different "
-                    'inputs; use act_order="group" or "static"'
+                    "parts of one weight that lie side by side were permuted or scaled differently, as they saw "
+                    'different inputs; use act_order="group" or "static", and AWQ(input_scales=False)'
                 )
             target[...] = values
         return whole
 
-    arrays = {name: assemble(name) for name in ("codes", "scales", "zeros", "permutation")}
+    arrays = {name: assemble(name) for name in ("codes", "scales", "zeros", "permutation", "input_scales")}
     # The layout's own leading batch axes are the stack that scan and vmap take apart.
     return dataclasses.replace(first, layout=layout.unstacked(), **jax.tree.map(jnp.asarray, arrays))
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgptq import tensor
+from jgptq.checkpoints.layout import SCALED_INPUTS
 from jgptq.tensor import Layout, QuantizedTensor
 
 LENGTH = 32
@@ -38,6 +39,8 @@ def refusal(weight: QuantizedTensor) -> str | None:
     """Why one (in, out) matrix cannot be held, and the way out; None where it can."""
     if weight.bits == 8 and not weight.symmetric:
         return "is asymmetric with 8 bits, for which GGUF has no type; use a symmetric grid"
+    if weight.input_scales is not None:
+        return f"cannot be held: {SCALED_INPUTS}"
     if weight.in_features % LENGTH:
         return f"has {weight.in_features} inputs, not a multiple of {LENGTH}; leave it in float"
     if block_groups(weight) is None:

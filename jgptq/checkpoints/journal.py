@@ -1,8 +1,8 @@
 """The journal of a quantization under way: every finished weight on disk, so that a killed run goes on where it was.
 
 directory/identity.json          what the result depends on; a run that differs in anything is refused
-directory/<path>.safetensors     codes, scales, zeros, permutation; in the metadata the rest of the QuantizedTensor,
-                                 its row of the report, and a SHA-256 of all that
+directory/<path>.safetensors     codes, scales, zeros, permutation, input_scales; in the metadata the rest of the
+                                 QuantizedTensor, its row of the report, and a SHA-256 of all that
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ except ImportError:  # Windows, where two processes on one journal are not notic
 
 IDENTITY = "identity.json"
 SUFFIX = ".safetensors"
-ARRAYS = ("codes", "scales", "zeros", "permutation")
+ARRAYS = ("codes", "scales", "zeros", "permutation", "input_scales")
 SCALE_DTYPES = ("F16", "BF16", "F32")
 
 
@@ -228,6 +228,7 @@ def _weight(arrays: Mapping[str, tensor_file.StoredTensor], static: Mapping[str,
         "scales": (per_group, SCALE_DTYPES),
         "zeros": (per_group, ("U8",)),
         "permutation": ((layout.in_features,), ("I32",)),
+        "input_scales": ((layout.in_features,), ("F32",)),
     }
     if not {"codes", "scales"} <= set(arrays) <= set(expected):
         raise ValueError(f"it holds {', '.join(arrays)}")

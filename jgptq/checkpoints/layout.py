@@ -15,6 +15,9 @@ pack = jax.jit(packing.pack, static_argnames="bits")
 unpack = jax.jit(packing.unpack, static_argnames=("bits", "length"))
 
 FLOATS = ("F16", "BF16", "F32")
+SCALED_INPUTS = (
+    "its inputs are scaled, which no format but orbax has a place for; quantize with AWQ(input_scales=False)"
+)
 BROKEN_ZEROS = "its zeros are no whole numbers (it comes from a GGUF file)"
 LOGICAL_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -70,10 +73,14 @@ class Format:
 def check_holds(
     format: str, weights: Mapping[str, QuantizedTensor], problem: Callable[[QuantizedTensor], str | None]
 ) -> None:
-    """ValueError that names every weight with a problem, by the first of its kind; zeros must be whole numbers."""
+    """ValueError that names every weight with a problem, by the first of its kind.
+
+    Of all formats zeros must be whole numbers, and inputs not scaled.
+    """
     problems: dict[str, list[str]] = {}
     for module, weight in weights.items():
         reason = problem(weight) if has_integer_zeros(weight) else BROKEN_ZEROS
+        reason = reason if weight.input_scales is None else SCALED_INPUTS
         if reason:
             problems.setdefault(reason, []).append(module)
     if problems:

@@ -27,6 +27,7 @@ STATIC, PARAMS = "jgptq.json", "params"
 FLOATS = ("float16", "bfloat16", "float32")
 ZEROS = ("uint8", "float32")
 VERSION = 1
+ARRAYS = ("codes", "scales", "zeros", "permutation", "input_scales")
 
 Spec = jax.ShapeDtypeStruct
 
@@ -95,7 +96,7 @@ def _static(weight: QuantizedTensor) -> dict[str, Any]:
 
 
 def _arrays(weight: QuantizedTensor) -> dict[str, Any]:
-    arrays = {name: getattr(weight, name) for name in ("codes", "scales", "zeros", "permutation")}
+    arrays = {name: getattr(weight, name) for name in ARRAYS}
     return {name: array for name, array in arrays.items() if array is not None}
 
 
@@ -163,6 +164,8 @@ def _wanted(path: str, shape: Spec, static: Mapping[str, Any] | None, stored: An
         specs["zeros"] = Spec(groups, _choice(found["zeros"], ZEROS))
     if "permutation" in found:
         specs["permutation"] = Spec((*batch, layout.in_features), np.dtype(np.int32))
+    if "input_scales" in found:
+        specs["input_scales"] = Spec((*batch, layout.in_features), np.dtype(np.float32))
     return specs
 
 

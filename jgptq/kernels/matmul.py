@@ -1,5 +1,6 @@
 """The one door to the dequantize-matmul: checks the arguments and chooses an implementation."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -53,6 +54,9 @@ def matmul(
         raise TypeError(f"x has dtype {x.dtype}; give a floating-point array")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}; choose one of {IMPLEMENTATIONS}, or None")
+    if weight.input_scales is not None:
+        x = (x / jnp.expand_dims(weight.input_scales, tuple(range(x.ndim - 1)))).astype(x.dtype)
+        weight = dataclasses.replace(weight, input_scales=None)
     if implementation == "hopper" and (reason := _hopper_refusal(x, weight)):
         raise ValueError(f'implementation="hopper" cannot serve this product: {reason}')
     return _product(x, weight, implementation, jnp.dtype(preferred_element_type or x.dtype))

@@ -30,7 +30,7 @@ class Prepacked:
         `block * outputs + n` has BLOCK codes of output n, so that what one step reads lies in one piece.
     scales: (batch…, rows, outputs) in the dtype they had; zeros: (batch…, rows, outputs) uint8, or None: the symmetric
         grid's constant 2**(bits - 1). Both are 0 where they fill up.
-    permutation, bits, group_size, dtype, layout: as in QuantizedTensor.
+    permutation, input_scales, bits, group_size, dtype, layout: as in QuantizedTensor.
 
     A group takes `slots` places among the inputs; where its size is none of 32, 64 or a multiple of 128, some of them
     are empty. `spread` brings the inputs of a product into the same places.
@@ -40,6 +40,7 @@ class Prepacked:
     scales: Any
     zeros: Any
     permutation: Any
+    input_scales: Any = None
     bits: int = dataclasses.field(metadata={"static": True})
     group_size: int = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})

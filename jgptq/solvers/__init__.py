@@ -1,5 +1,6 @@
 """The quantization methods, one a file, and the tables that name them."""
 
+from jgptq.solvers.awq import AWQ, awq_scales
 from jgptq.solvers.gptq import GPTQ, gptq
 from jgptq.solvers.method import Info, Method
 from jgptq.solvers.obq import OBQ, obq
@@ -10,17 +11,23 @@ QUALITIES = ("fast", "balanced", "best")
 # What a method's name stands for, by quality. "fast" looks at each weight once; "balanced" takes at most three times
 # as long.
 PRESETS: dict[str, dict[str, Method]] = {
-    "rtn": dict.fromkeys(QUALITIES, RTN()),
+    "rtn": {"fast": RTN(), "balanced": RTN(scale_search="lp"), "best": RTN(scale_search="lp")},
     "gptq": {
         "fast": GPTQ(scale_search=None, sweeps=0, targets=None),
         "balanced": GPTQ(),
         "best": GPTQ(sweeps=4),
+    },
+    "awq": {
+        "fast": AWQ(solver=RTN()),
+        "balanced": AWQ(),
+        "best": AWQ(solver=GPTQ()),
     },
     "obq": dict.fromkeys(QUALITIES, OBQ()),
 }
 METHODS: dict[str, Method] = {name: presets["balanced"] for name, presets in PRESETS.items()}
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "METHODS",
     "OBQ",
@@ -30,6 +37,7 @@ __all__ = [
     "Info",
     "Method",
     "Targets",
+    "awq_scales",
     "gptq",
     "nearest",
     "obq",

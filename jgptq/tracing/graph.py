@@ -23,12 +23,14 @@ class Read:
     """One product with a weight: what it reads besides, and the position at which that is known.
 
     added: what the function adds to the product's result, of all that is known at that position: a residual stream.
+    result: the product's, where the weight is the leaf as it is.
     """
 
     product: Product
     activations: tuple[Atom, ...]
     position: int
     added: tuple[Added, ...] = ()
+    result: jex.Var | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -318,7 +320,7 @@ def _reads(group: Sequence[tuple[int, Use]], made: dict[jex.Var, int], sums: Sum
         added = ()
         if use.result is not None:
             added = sums.added(use.result, use.product, use.side, use.layout.out_features, known)
-        read = Read(product=use.product, activations=use.activations, position=known, added=added)
+        read = Read(product=use.product, activations=use.activations, position=known, added=added, result=use.result)
         reads.setdefault((use.product, use.activations), read)
     return tuple(reads.values())
 
