@@ -36,7 +36,7 @@ from jgptq.grid import BITS, Grid
 from jgptq.perplexity import compare, count_scored, perplexity
 from jgptq.quantize import Options, Row, Rule, quantize
 from jgptq.report import nbytes, read_report, report_html, report_json, report_table, weights_table
-from jgptq.solvers import METHODS, PRESETS, QUALITIES
+from jgptq.solvers import AWQ, METHODS, PRESETS, QUALITIES, Method
 from jgptq.tensor import QuantizedTensor, from_codes
 from jgptq.tracing.graph import leaf_paths
 
@@ -128,7 +128,8 @@ def _parser() -> _Parser:
         "--method",
         default="gptq",
         choices=tuple(METHODS),
-        help="gptq (default); rtn: round to nearest; obq: exact and slow, for a few hundred inputs",
+        help="gptq (default); awq: activation-aware scaling; rtn: round to nearest; obq: exact and slow, for a few "
+        "hundred inputs",
     )
     sub.add_argument(
         "--quality",
@@ -257,7 +258,7 @@ def _quantize(options: argparse.Namespace) -> None:
     }
     template = _chat_template(options, model)
     batches = calibration.batches(texts, tokenizer, **window, chat_template=template)
-    settings = {"grid": grid, "method": PRESETS[options.method][options.quality], "rules": rules}
+    settings = {"grid": grid, "method": _method(options.method, options.quality), "rules": rules}
     directory = options.out.absolute().parent / f".{options.out.name}.jgptq-unfinished"
     with _interruptible() as check, _progress() as progress:
         task = progress.add_task("reading the model's files", total=None, loss="")
@@ -403,6 +404,12 @@ def _planned(shape: tuple[int, int], grid: Grid) -> QuantizedTensor:
     scales = jax.ShapeDtypeStruct((groups, shape[1]), grid.scale_dtype)
     zeros = None if grid.symmetric else scales
     return jax.eval_shape(lambda *arrays: from_codes(*arrays, grid=grid), codes, scales, zeros)
+
+
+def _method(name: str, quality: str) -> Method:
+    """The formats written here have no place for scales of inputs."""
+    method = PRESETS[name][quality]
+    return dataclasses.replace(method, input_scales=False) if isinstance(method, AWQ) else method
 
 
 def _rule(arguments: Sequence[str], symmetric: bool) -> Rule:

@@ -22,6 +22,7 @@ from jgptq.grid import Grid
 from jgptq.perplexity import compare, perplexity
 from jgptq.quantize import quantize
 from jgptq.report import nbytes
+from jgptq.solvers import METHODS, RTN
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 BITS = (4, 3, 2)
@@ -62,18 +63,18 @@ def run(announce: Callable[[str], None]) -> tuple[list[Result], dict[str, str]]:
     ]
     four_bit = None
     for bits in BITS:
-        for method in ("rtn", "gptq"):
-            announce(f"{method.upper()} at {bits} bits")
+        for method in (RTN(), METHODS["gptq"]):
+            announce(f"{method.name.upper()} at {bits} bits")
             started = time.perf_counter()
             grid = Grid(bits=bits, group_size=GROUP_SIZE)
             packed, _ = quantize(model.apply, params, calibration, grid=grid, method=method)
             seconds = time.perf_counter() - started
-            if (bits, method) == (4, "gptq"):
+            if (bits, method.name) == (4, "gptq"):
                 four_bit = packed
             cost = compare(model, packed, model, params, held_out, seq_len=SEQ_LEN, bos_token_id=bos)
             results.append(
                 Result(
-                    name=f"{method.upper()} {bits}-bit",
+                    name=f"{method.name.upper()} {bits}-bit",
                     perplexity=cost.perplexity,
                     kl=cost.kl,
                     nbytes=_bytes_as_stored(packed),

@@ -127,6 +127,16 @@ def test_quantize_writes_the_format_asked_for(home):
     assert isinstance(jgptq.load(home / "compressed")[1]["model"]["layers"][0]["mlp"]["up_proj"]["kernel"].bits, int)
 
 
+def test_quantize_scales_only_what_the_format_can_hold(home):
+    arguments = quantize_arguments(home, home / "awq", "--method", "awq", "--quality", "fast")
+    assert cli.main(arguments) == 0
+    report = json.loads((home / "awq" / cli.REPORT_FILE).read_text())
+    assert {row["method"] for row in report["rows"]} == {"awq"}
+    params, before = (jgptq.load(home / name)[1]["model"]["layers"][0] for name in ("awq", "float"))
+    norm, old = (params["input_layernorm"]["scale"] for params in (params, before))
+    assert not np.allclose(norm, old)
+
+
 def test_eval_agrees_with_the_library(home, packed, capsys):
     arguments = ["eval", str(packed), "--text", str(home / "text.txt"), "--seq-len", "32", "--json"]
     assert cli.main([*arguments, "--against", str(home / "float"), "--tokens", "500"]) == 0

@@ -295,7 +295,9 @@ def test_arguments_of_the_wrong_kind_are_named():
             jgptq.quantize(dense_layer, params, batches)
     with pytest.raises(TypeError, match=r"grid=\{'bits': 3\}; give a jgptq.Grid"):
         jgptq.quantize(dense_layer, params, [x], grid={"bits": 3})
-    with pytest.raises(TypeError, match=r"method=3; choose one of \('rtn', 'gptq', 'obq'\), or give a Method value"):
+    with pytest.raises(
+        TypeError, match=r"method=3; choose one of \('rtn', 'gptq', 'awq', 'obq'\), or give a Method value"
+    ):
         Options(method=3)
     with pytest.raises(TypeError, match=r"w is a ShapeDtypeStruct, with no values; give arrays"):
         jgptq.quantize(dense_layer, jax.eval_shape(lambda: params), [x])
@@ -338,7 +340,7 @@ def test_rules_that_make_no_sense_are_refused(without_type_checker):
         ValueError, match=r"'bias' sets options for bias, which cannot be quantized \(not used\); remove"
     ):
         jgptq.quantize(f, params, batches, rules=[("bias", Options(method="rtn"))])
-    with pytest.raises(ValueError, match=r"method='gtpq'; choose one of \('rtn', 'gptq', 'obq'\)"):
+    with pytest.raises(ValueError, match=r"method='gtpq'; choose one of \('rtn', 'gptq', 'awq', 'obq'\)"):
         jgptq.quantize(f, params, batches, method="gtpq")
 
 

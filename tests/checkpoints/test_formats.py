@@ -36,7 +36,9 @@ CONFIG = {
 pack = jax.jit(packing.pack, static_argnames="bits")
 
 
-def random_weight(random, shape, *, bits=4, group_size=32, symmetric=False, permuted=False, dtype="float32"):
+def random_weight(
+    random, shape, *, bits=4, group_size=32, symmetric=False, permuted=False, scaled=False, dtype="float32"
+):
     """A packed weight of random codes, and the float64 matrix it stands for."""
     in_features, out_features = shape
     length = group_size or in_features
@@ -54,6 +56,7 @@ def random_weight(random, shape, *, bits=4, group_size=32, symmetric=False, perm
         scales=jnp.asarray(scales),
         zeros=None if symmetric else jnp.asarray(zeros, jnp.uint8),
         permutation=None if permutation is None else jnp.asarray(permutation),
+        input_scales=jnp.asarray(random.uniform(0.5, 2, in_features), jnp.float32) if scaled else None,
         bits=bits,
         group_size=length,
         dtype=jnp.dtype(dtype),
@@ -96,7 +99,7 @@ HELD = {
         {"bits": 8, "symmetric": True},
         {"bits": 2, "group_size": None},
     ],
-    "orbax": [{"bits": 3, "group_size": 40}, {"symmetric": True, "permuted": True}],
+    "orbax": [{"bits": 3, "group_size": 40}, {"symmetric": True, "permuted": True, "scaled": True}],
 }
 
 

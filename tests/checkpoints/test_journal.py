@@ -49,6 +49,7 @@ WEIGHTS = {
     "plain": weight(),
     "symmetric": weight(symmetric=True, scale_dtype="bfloat16"),
     "permuted": weight(permuted=True, scale_dtype="float32", dtype=jnp.float32),
+    "scaled": dataclasses.replace(weight(), input_scales=jnp.linspace(0.5, 2, 40)),
     "experts": weight(
         batch=(5,),
         permuted=True,
