@@ -253,8 +253,9 @@ def fold_packed(weight: QuantizedTensor, fold: Fold, factors: np.ndarray) -> Qua
 
 
 def fold_float(leaf: jax.Array, fold: Fold, factors: np.ndarray) -> jax.Array:
-    """A leaf with factors on part of it; arithmetic in float32."""
+    """A leaf with factors on part of it; arithmetic in float32 at least."""
     here = tuple(slice(*bounds) for bounds in fold.index)
-    by_element = np.append(factors.ravel(), 1.0)[fold.places].astype(np.float32)
-    part = (leaf[here].astype(jnp.float32) + fold.offset) * by_element - fold.offset
+    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    by_element = jnp.asarray(np.append(factors.ravel(), 1.0)[fold.places], wide)
+    part = (leaf[here].astype(wide) + fold.offset) * by_element - fold.offset
     return leaf.at[here].set(part.astype(leaf.dtype))
