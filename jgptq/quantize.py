@@ -23,6 +23,7 @@ from jgptq.executor import NOT_FINITE, Executor, all_finite, part_key
 from jgptq.grid import Grid, Levels, levels
 from jgptq.hessian import Hessian
 from jgptq.solvers import AWQ, METHODS, PRESETS, QUALITIES, RTN, Info, Method, nearest
+from jgptq.solvers.awq import Scaled, scale_hessian
 from jgptq.solvers.method import over_outputs, relative
 from jgptq.solvers.targets import Drift, Targets, corrections, moved
 from jgptq.tensor import Index, QuantizedTensor, dequantize, join
@@ -123,7 +124,8 @@ def quantize(
         once and is not kept otherwise: give a mapping on disk to bound memory, and to go on after an interruption.
     offload: "host" keeps activations in the host's memory between segments; slower, for what the device cannot hold.
 
-    Returns params with a QuantizedTensor for each quantized leaf, and the report. The caller's arrays are only read.
+    Returns params with a QuantizedTensor for each quantized leaf, and the report; AWQ changes norms and other float
+    leaves as well, as far as f alone shows what reads them. The caller's arrays are only read.
     Warns with QuantizationWarning when a weight came out worse than asked for.
     """
     started = time.perf_counter()
@@ -141,14 +143,15 @@ def quantize(
     names = {part_key(part): sites[part.leaf].name(part) for step in steps for part in step.parts}
     if finished is not None:
         _check_finished(finished, steps, names, sites, plan)
-    _check_permutations(steps, sites, plan)
+    several = _several_inputs(steps, sites)
+    _check_permutations(several, sites, plan)
     folds = _folds(executor, steps, sites, plan)
     rows: list[Row] = []
     packed: dict[int, dict[Index, QuantizedTensor]] = defaultdict(dict)
     for number, step in enumerate(steps):
         done = [part for part in step.parts if finished is not None and names[part_key(part)] in finished]
         todo = [part for part in step.parts if part not in done]
-        own = _own_settings(step, steps, plan, number in folds)
+        own = _own_settings(step, plan, several, number in folds)
         if todo:
             hessian, drift = executor.moments(step)
             targets = _all_targets(executor, step, todo, hessian, drift, plan)
@@ -165,9 +168,9 @@ def quantize(
                 weight, row = finished[name]
                 weight = jax.tree.map(lambda array: jnp.asarray(array[...]), weight)
             else:
-                weight, row = _solve_part(
-                    executor, site, part, targets.pop(part_key(part), None), shared[part.leaf], *own[part.leaf]
-                )
+                prepared, own_scales = shared[part.leaf], scales.get(own[part.leaf][1])
+                target = targets.pop(part_key(part), None)
+                weight, row = _solve_part(executor, site, part, target, prepared, own_scales, *own[part.leaf])
                 if number in folds:
                     row = dataclasses.replace(row, nbytes=row.nbytes - weight.input_scales.nbytes)
                 elif own[part.leaf] != plan[part.leaf]:
@@ -231,18 +234,27 @@ def _check_finished(finished: Any, steps: Sequence[Step], names: dict, sites: di
             )
 
 
-def _check_permutations(steps: Sequence[Step], sites: dict[int, Site], plan: dict) -> None:
-    """Outputs side by side share a permutation of the inputs, so they must see the same inputs."""
+def _several_inputs(steps: Sequence[Step], sites: dict[int, Site]) -> set[int]:
+    """Leaves of which outputs side by side see different inputs."""
     seen: dict[Any, int] = {}
+    found = set()
     for number, step in enumerate(steps):
         for part in step.parts:
             layout = sites[part.leaf].layout
             cell = (part.leaf, *(part.index[layout.axes[k]] for k in layout.batch_axes))
-            if getattr(plan[part.leaf][1], "act_order", None) is True and seen.setdefault(cell, number) != number:
-                raise ValueError(
-                    f"{sites[part.leaf].path} is used through slices that see different inputs, which act_order=True "
-                    'would permute differently; use act_order="group" or "static", or leave it alone with a rule'
-                )
+            if seen.setdefault(cell, number) != number:
+                found.add(part.leaf)
+    return found
+
+
+def _check_permutations(leaves: Iterable[int], sites: dict[int, Site], plan: dict) -> None:
+    """Outputs side by side share a permutation of the inputs, so they must see the same inputs."""
+    for leaf in leaves:
+        if getattr(plan[leaf][1], "act_order", None) is True:
+            raise ValueError(
+                f"{sites[leaf].path} is used through slices that see different inputs, which act_order=True "
+                'would permute differently; use act_order="group" or "static", or leave it alone with a rule'
+            )
 
 
 NOT_SCALED = "its inputs come from nothing that could take scales: not scaled; AWQ(input_scales=True) keeps them"
@@ -270,12 +282,15 @@ def _folds(
     return found
 
 
-def _own_settings(step: Step, steps: Sequence[Step], plan: dict, folds: bool) -> dict[int, tuple[Grid, Method]]:
-    """Grid and method of each leaf of a step: AWQ's solver alone where its scales can neither go elsewhere nor stay."""
+def _own_settings(step: Step, plan: dict, several: set[int], folds: bool) -> dict[int, tuple[Grid, Method]]:
+    """Grid and method of each leaf of a step: AWQ's solver alone where its scales can neither go elsewhere nor stay.
+
+    They cannot stay with leaves of `several` inputs.
+    """
     own = {}
     for part in step.parts:
         grid, method = plan[part.leaf]
-        if isinstance(method, AWQ) and not folds and not method.input_scales:
+        if isinstance(method, AWQ) and not folds and (part.leaf in several or not method.input_scales):
             method = method.solver
         own[part.leaf] = grid, method
     return own
@@ -285,23 +300,33 @@ def _input_scales(
     executor: Executor, todo: Sequence[Part], targets: dict, hessian: Hessian, own: dict, known: Sequence[Any]
 ) -> dict[Method, jax.Array]:
     """The scales of a step's inputs for each method that has such. known: those of its weights that are finished."""
-    if hessian.total.ndim != 2:
-        return {}
     found = {}
     for method in {own[part.leaf][1] for part in todo if isinstance(own[part.leaf][1], AWQ)}:
+        shape = hessian.total.shape[:-1]
         if known:
-            ones = np.ones(hessian.in_features, np.float32)
-            found[method] = jnp.asarray(ones if known[0] is None else known[0][...])
+            found[method] = jnp.ones(shape) if known[0] is None else jnp.asarray(known[0][...]).reshape(shape)
             continue
         parts = [part for part in todo if own[part.leaf][1] == method]
-        weights = (
-            targets[part_key(part)]
-            if part_key(part) in targets
-            else part.layout.to_matrix(executor.leaf(part.leaf, part.index))
-            for part in parts
-        )
-        found[method] = method.scales(weights, hessian, [own[part.leaf][0] for part in parts])
+        grids = tuple(own[part.leaf][0] for part in parts)
+        weights = (_target(executor, part, targets) for part in parts)
+        if hessian.total.ndim == 2:
+            found[method] = method.scales(weights, hessian, grids)
+        else:
+            matrices = [w.reshape(-1, *w.shape[-2:]) for w in weights]
+            found[method] = _scales_of_batch(matrices, _share(hessian), grids, method)
     return found
+
+
+def _target(executor: Executor, part: Part, targets: dict) -> jax.Array:
+    """What a part is solved towards, as (batch…, in, out)."""
+    if part_key(part) in targets:
+        return targets[part_key(part)]
+    return part.layout.to_matrix(executor.leaf(part.leaf, part.index))
+
+
+@functools.partial(jax.jit, static_argnames=("grids", "method"))
+def _scales_of_batch(weights: list[jax.Array], hessian: Hessian, grids: tuple[Grid, ...], method: AWQ) -> jax.Array:
+    return jax.lax.map(lambda operands: method.scales(*operands, grids), (weights, hessian))
 
 
 def _fold(
@@ -383,9 +408,9 @@ def _all_targets(
 
 
 def _solve_part(
-    executor: Executor, site: Site, part: Part, target: Any, shared: Any, grid: Grid, method: Method
+    executor: Executor, site: Site, part: Part, target: Any, shared: Any, scales: Any, grid: Grid, method: Method
 ) -> tuple[QuantizedTensor, Row]:
-    """target: what to solve towards; None: the weight itself. shared: of `_prepared`."""
+    """target: what to solve towards; None: the weight itself. shared: of `_prepared`. scales: of `_input_scales`."""
     w = part.layout.to_matrix(executor.leaf(part.leaf, part.index))
     target = w if target is None else target
     if w.ndim == 2:
@@ -394,7 +419,7 @@ def _solve_part(
         error = info.relative_error if same else _rtn_error(w, target, shared, info, grid)
     else:
         matrices, targets = (matrix.reshape(-1, *w.shape[-2:]) for matrix in (w, target))
-        weight, info, error = _solve_batch(matrices, targets, _share(shared), grid, method)
+        weight, info, error = _solve_batch(matrices, targets, _share(shared), scales, grid, method)
         weight = jax.tree.map(lambda array: array.reshape(*w.shape[:-2], *array.shape[1:]), weight)
     weight = dataclasses.replace(weight, layout=part.layout, dtype=w.dtype)
     row = _row(site.name(part), part, weight, w, info, error, shared.tokens, grid, method)
@@ -402,15 +427,18 @@ def _solve_part(
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "method"))
-def _solve_batch(w: jax.Array, target: jax.Array, hessian: Hessian, grid: Grid, method: Method) -> Any:
+def _solve_batch(
+    w: jax.Array, target: jax.Array, hessian: Hessian, scales: jax.Array | None, grid: Grid, method: Method
+) -> Any:
     """One matrix after another, each on its own Hessian: only one factor is in memory."""
 
     def solve(operands):
-        w, target, hessian = operands
-        weight, info = method.solve(target, hessian, grid)
+        w, target, hessian, scales = operands
+        scaled = hessian if scales is None else Scaled(scales, scale_hessian(hessian, scales))
+        weight, info = method.solve(target, scaled, grid)
         return weight, info, _rtn_error(w, target, hessian, info, grid)
 
-    return jax.lax.map(solve, (w, target, hessian))
+    return jax.lax.map(solve, (w, target, hessian, scales))
 
 
 @jax.jit

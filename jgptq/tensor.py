@@ -367,6 +367,13 @@ def _join(shape: tuple[int, ...], ranges: list, part: Layout) -> Layout | None:
     )
 
 
+# What `join` cannot join, and the way out.
+DIFFERENT = {
+    "permutation": ("permuted", 'act_order="group" or "static"'),
+    "input_scales": ("scaled", "AWQ(input_scales=False)"),
+}
+
+
 def join(layout: Layout, parts: dict[Index, QuantizedTensor]) -> QuantizedTensor:
     """A leaf of `layout` (see `join_layouts`) from its separately packed parts, assembled on the host."""
     first = next(iter(parts.values()))
@@ -410,9 +417,10 @@ def join(layout: Layout, parts: dict[Index, QuantizedTensor]) -> QuantizedTensor
                 target[..., columns[ranges(index, layout.out_axes)].ravel()] = values
                 continue
             if np.any((target != -1) & (target != values)):
+                done, instead = DIFFERENT[name]
                 raise ValueError(
-                    "parts of one weight that lie side by side were permuted or scaled differently, as they saw "
-                    'different inputs; use act_order="group" or "static", and AWQ(input_scales=False)'
+                    f"parts of one weight that lie side by side were {done} differently, as they saw different "
+                    f"inputs; use {instead}"
                 )
             target[...] = values
         return whole

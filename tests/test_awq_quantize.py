@@ -64,6 +64,17 @@ def experts(p, x):
     return jnp.einsum("etf,efd->td", hidden, p["down"])
 
 
+def batched_experts(p, x):
+    y = jax.nn.softmax(x[:, :3]).T[:, :, None] * x[None]
+    hidden = jax.nn.sigmoid(jnp.einsum("etd,edf->etf", y, p["gate"])) * jnp.einsum("etd,edf->etf", y, p["up"])
+    return jnp.sum(jnp.einsum("etf,efd->etd", hidden, p["down"]), axis=0)
+
+
+def two_inputs(p, x):
+    """Outputs of one leaf that see different inputs: scales of their own have no place there."""
+    return rms(x, p["norm"]) @ p["ab"][:, :HIDDEN] + jnp.tanh(x) @ p["ab"][:, HIDDEN:]
+
+
 def stacked(p, x):
     return jax.lax.scan(
         lambda x, layer: (x + jax.nn.relu(rms(x, layer["norm"]) @ layer["a"]) @ layer["c"], None), x, p
@@ -95,6 +106,16 @@ CASES = {
         {"up": normal(3, WIDTH, HIDDEN, seed=13), "down": normal(3, HIDDEN, WIDTH, seed=14)},
         {"up"},
         {"up"},
+    ),
+    "batched experts": (
+        batched_experts,
+        {
+            "gate": normal(3, WIDTH, HIDDEN, seed=15),
+            "up": normal(3, WIDTH, HIDDEN, seed=13),
+            "down": normal(3, HIDDEN, WIDTH, seed=14),
+        },
+        {"up"},
+        {"gate", "up"},
     ),
     "stacked": (stacked, STACK, {"norm", "a"}, set()),
     "norm used elsewhere": (
@@ -133,7 +154,11 @@ def dense(params):
 
 
 def batches(name):
-    return [(x * FACTORS[None],) for (x,) in X] if name in ("attention", "gated", "fused", "experts", "residual") else X
+    return (
+        [(x * FACTORS[None],) for (x,) in X]
+        if name in ("attention", "gated", "fused", "experts", "batched experts", "residual")
+        else X
+    )
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -182,6 +207,16 @@ def test_weights_that_cannot_take_scales_elsewhere_stay_unscaled_if_asked():
     np.testing.assert_array_equal(packed["a"].codes, plain["a"].codes)
     assert [row.method for row in report.rows] == ["awq", "awq"]
     assert [bool(row.notes) for row in report.rows] == [True, False]
+
+
+def test_outputs_that_see_different_inputs_are_scaled_only_where_it_folds():
+    with pytest.warns(QuantizationWarning, match=r"ab\[:, 24:48\]: its inputs come from nothing"):
+        packed, report = jgptq.quantize(
+            two_inputs, {"norm": NORM, "ab": jnp.concatenate([A, B], axis=1)}, X, grid=GRID, method=FAST
+        )
+    assert packed["ab"].input_scales is None
+    assert not np.array_equal(packed["norm"], NORM)
+    assert [bool(row.notes) for row in sorted(report.rows, key=lambda row: row.path)] == [False, True]
 
 
 def test_weights_left_alone_or_quantized_otherwise_keep_their_inputs():

@@ -9,7 +9,7 @@ import pytest
 import reference
 
 import jgptq
-from jgptq import AWQ, GPTQ, RTN, Grid, awq_scales
+from jgptq import AWQ, GPTQ, RTN, Grid, awq_scales, tensor
 
 OPTIONS = {"bits": 4, "group_size": 16, "symmetric": False}
 GRID = Grid(**OPTIONS)
@@ -84,9 +84,7 @@ def test_the_solver_gets_the_scaled_problem():
     assert np.ptp(s) > 0
     h = np.asarray(hessian.mean(), np.float64)
     oracle = reference.gptq((s[:, None] * w).astype(np.float32), h / s[:, None] / s, **OPTIONS)
-    agreement = reference.agreement(
-        jgptq.tensor.unpack_codes(weight), weight.scales, weight.zeros, oracle, bits=GRID.bits
-    )
+    agreement = reference.agreement(tensor.unpack_codes(weight), weight.scales, weight.zeros, oracle, bits=GRID.bits)
     assert agreement.unexplained == 0
     assert agreement.equal > 0.99
     shared = method.prepare(hessian, GRID, weight.input_scales)
@@ -114,11 +112,23 @@ def test_a_weight_with_scaled_inputs_stands_for_its_logical_array(scaled):
     np.testing.assert_allclose(product(jnp.asarray(x), jgptq.prepack(weight)), x @ dense, atol=2e-5)
     restored = jgptq.unprepack(jgptq.prepack(weight))
     np.testing.assert_array_equal(restored.input_scales, weight.input_scales)
-    columns = jgptq.tensor.unpack_columns(weight, jnp.asarray([3, 1]))
+    columns = tensor.unpack_columns(weight, jnp.asarray([3, 1]))
     np.testing.assert_allclose(columns, dense.T[[3, 1]], rtol=1e-6)
     gradient = jax.grad(lambda x: jnp.sum(jgptq.matmul(x, weight) ** 2))(jnp.asarray(x))
     np.testing.assert_allclose(gradient, 2 * (x @ dense) @ dense.T, rtol=1e-4, atol=1e-3)
     assert "inputs scaled" in repr(weight)
+
+
+def test_a_stack_of_scaled_and_unscaled_parts_is_joined(scaled):
+    weight, dense = scaled
+    part = dataclasses.replace(
+        weight, layout=tensor.Layout(shape=(1, 32, 24), factors=(1, 32, 24), in_axes=(1,), out_axes=(2, 0))
+    )
+    plain = dataclasses.replace(part, input_scales=None)
+    whole = tensor.Layout(shape=(2, 32, 24), factors=(2, 32, 24), batch_axes=(0,), in_axes=(1,), out_axes=(2,))
+    rest = ((0, 32), (0, 24))
+    joined = tensor.join(whole, {((0, 1), *rest): plain, ((1, 2), *rest): part})
+    np.testing.assert_allclose(joined.dequantize(), np.stack([SCALES[:, None] * dense, dense]), rtol=1e-6)
 
 
 def test_permuted_inputs_are_scaled_in_their_natural_order():
