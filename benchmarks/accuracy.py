@@ -40,12 +40,14 @@ DEMO_MODEL = ROOT / "jgptq/demo_model"
 PEER = "peer's recipe"
 STRONGEST = "Lp search, target 0.25"
 GPTQMODEL = "gptqmodel"
+TUNED = "best, tuned"
 RECIPES = {
     "RTN": jgptq.RTN(),
     "plain GPTQ": jgptq.GPTQ(act_order=False, scale_search=None, sweeps=0, targets=None),
     PEER: jgptq.GPTQ(scale_search=None, sweeps=0, damp=0.05, targets=None),
     STRONGEST: jgptq.GPTQ(scale_search="lp", sweeps=0, targets=jgptq.Targets(inputs=0.25, residual=0.0)),
     **jgptq.PRESETS["gptq"],
+    TUNED: jgptq.PRESETS["gptq"]["best"],
 }
 MEASURES = ("kl", "perplexity", "top1_agreement", "seconds")
 
@@ -96,6 +98,8 @@ def measure(args, model, params, tokenizer) -> list[dict]:
                     served, packed, seconds = by_gptqmodel(args, grid, draw)
                 else:
                     served, (packed, _) = model, jgptq.quantize(model.apply, params, draw, grid=grid, method=method)
+                    if name == TUNED:
+                        packed, _ = jgptq.tune(model.apply, params, packed, draw)
                     seconds = time.perf_counter() - started
                 bos = calibration.bos_token(tokenizer)
                 cost = jgptq.compare(served, packed, model, params, tokens, seq_len=args.window, bos_token_id=bos)
