@@ -100,7 +100,7 @@ def quantize(
     *,
     grid: Grid | None = None,
     method: str | Method = "gptq",
-    quality: Literal["fast", "balanced", "best"] = "balanced",
+    quality: str = "balanced",
     rules: Sequence[Rule] | None = None,
     progress: Callable[[Row, int, int], None] | None = None,
     finished: MutableMapping[str, tuple[QuantizedTensor, Row]] | None = None,
