@@ -8,8 +8,8 @@ from jgptq.grid import Grid
 from jgptq.hessian import Hessian, init_hessian, merge_hessians, update_hessian
 from jgptq.kernels.matmul import matmul
 from jgptq.kernels.prepack import prepack, unprepack
-from jgptq.modules import find_weights, quantize, quantized
-from jgptq.perplexity import compare, perplexity
+from jgptq.modules import allocate, find_weights, quantize, quantized
+from jgptq.perplexity import compare, next_token_loss, perplexity
 from jgptq.quantize import Options, QuantizationWarning, Report, Row
 from jgptq.solvers import GPTQ, METHODS, OBQ, PRESETS, RTN, Info, Targets, gptq, obq, rtn
 from jgptq.tensor import QuantizedTensor, dequantize
@@ -32,6 +32,7 @@ __all__ = [
     "Row",
     "Targets",
     "__version__",
+    "allocate",
     "compare",
     "dequantize",
     "find_weights",
@@ -41,6 +42,7 @@ __all__ = [
     "load",
     "matmul",
     "merge_hessians",
+    "next_token_loss",
     "obq",
     "perplexity",
     "prepack",
