@@ -13,7 +13,8 @@ again without the settings that the command line makes for its process (see jgpt
 
 The peak is ru_maxrss; VmHWM of /proc/<pid>/status, read every 20 ms, must agree. Both count every page the process had
 in memory, also those of the Python, JAX and XLA libraries: a process that imports the same modules and compiles one
-trivial function says how much that is. Linux only.
+trivial function says how much that is. `net` is the peak less that and less the activations that wait on the host.
+Linux only.
 """
 
 import argparse
@@ -127,10 +128,10 @@ def case(home: Path, shape: tuple[int, int, int], program: list[str], baseline: 
         "process_settings": program is COMMAND,
         "model_bytes": nbytes,
         "quantized_bytes": sum(file.stat().st_size for file in (home / "out").glob("*.safetensors")),
-        "activation_bytes": activations,
         **run,
-        "peak_less_activations": run["peak"] - activations,
-        "peak_less_activations_and_libraries": run["peak"] - activations - baseline,
+        "libraries": baseline,
+        "activations": activations,
+        "net": run["peak"] - baseline - activations,
     }
 
 
@@ -161,14 +162,13 @@ def main() -> None:
         "cases": cases,
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"libraries alone {alone['VmRSS'] / 1e6:,.0f} MB; in MB:")
-    print(f"{'shape':>18} {'settings':>8} {'model':>7} {'peak':>6} {'less act.':>9} {'less act. and libraries':>23}")
+    print("in MB; net: the peak less what the libraries alone take, and less the activations")
+    parts = ("model_bytes", "peak", "libraries", "activations", "net")
+    print("".join(f"{name:>15}" for name in ("shape", "settings", *parts)))
     for row in cases:
-        sizes = [row["model_bytes"], row["peak"], row["peak_less_activations"]]
-        figures = [f"{size / 1e6:,.0f}" for size in (*sizes, row["peak_less_activations_and_libraries"])]
-        shape = f"{row['hidden']}, {row['intermediate']}, {row['layers']}"
+        shape = ",".join(str(row[name]) for name in ("hidden", "intermediate", "layers"))
         made = "made" if row["process_settings"] else "none"
-        print(f"{shape:>18} {made:>8} {figures[0]:>7} {figures[1]:>6} {figures[2]:>9} {figures[3]:>23}")
+        print("".join(f"{text:>15}" for text in (shape, made, *(f"{row[part] / 1e6:,.0f}" for part in parts))))
 
 
 if __name__ == "__main__":

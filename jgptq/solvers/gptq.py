@@ -16,25 +16,21 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jgptq import grid as grids
 from jgptq import tensor
 from jgptq.grid import Grid, scales_at_limit
-from jgptq.hessian import HIGHEST, Factor, Hessian, factor
+from jgptq.hessian import Factor, Hessian, factor
 from jgptq.solvers import fits
+from jgptq.solvers.descent import CHUNK, STRIP, Rows, descend
 from jgptq.solvers.method import Info, check_damp, check_hessian, check_weight, over_outputs, pack, relative
+from jgptq.solvers.sweeps import group_factors, sweep
 from jgptq.solvers.targets import Targets
 
 ActOrder = Literal[False, True, "static", "group"]
 ACT_ORDERS = (False, True, "static", "group")
 ScaleSearch = Literal[None, "lp", "in_loop"]
-
-# Inputs that go one by one before a matrix product takes over; 8 to 32 time alike on a CPU.
-STRIP = 16
-# Earlier inputs in one product of the outermost sum: long enough to run at full speed.
-CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,17 +150,17 @@ def _solve(w, prepared, grid, act_order, block_size, scale_search, sweeps):
     group_length = grid.group_length(in_features)
     plan = _plan(in_features, group_length, block_size)
 
-    groups_of = _group_factors(factored, plan.group) if sweeps and act_order != "static" else None
+    factors = group_factors(factored, plan.group) if sweeps and act_order != "static" else None
 
     def outputs(tile):
         rows = None
         if act_order == "static":
-            rows = _Rows(*grids.fit_groups(tile, grid, grids.search if scale_search else grids.fit), slot_groups)
+            rows = Rows(*grids.fit_groups(tile, grid, grids.search if scale_search else grids.fit), slot_groups)
         tile = _in_slots(tile, inputs)
         fit = FITS[scale_search]
-        solution = _descend(tile, None, factored.columns, factored.pivots, rows, grid, fit, plan.group, plan.sizes)
-        if groups_of is not None:
-            solution = _sweep(tile, solution, factored, groups_of, grid, plan, sweeps)
+        solution = descend(tile, None, factored.columns, factored.pivots, rows, grid, fit, plan.group, plan.sizes)
+        if factors is not None:
+            solution = sweep(tile, solution, factored, factors, grid, plan.sizes, sweeps)
         # The loss is that of the damped Hessian; what was added to its diagonal comes off again.
         added = jnp.sum(factored.added * jnp.sum(solution.errors**2, axis=1))
         grids_used = rows or solution
@@ -258,201 +254,3 @@ def _order(
         slot_of_input = np.flatnonzero(plan.inputs < in_features)
         return inputs, jnp.append(group_of_slot[slot_of_input], 0)[inputs]
     return inputs, group_of_slot
-
-
-class _Rows(NamedTuple):
-    """The grids of a block of inputs, and which of them each input uses."""
-
-    scales: Float[Array, "groups out"]
-    zeros: Float[Array, "groups out"]
-    index: Int[Array, " in"]
-
-
-class _Solution(NamedTuple):
-    codes: Array  # (n, out) uint8
-    scales: Array  # (groups, out): of the groups fitted in this block; none where the grids were given
-    zeros: Array  # (groups, out)
-    errors: Array  # (n, out): w - q
-    loss: Array  # (out,)
-
-
-def _descend(w, feedback, columns_of, pivots, rows, grid, fit, group, sizes) -> _Solution:
-    """Solves a block of n inputs given the feedback Σ e_k M_kj of all inputs before it (None: there are none).
-
-    w, feedback (n, out); columns_of(start, size), which gives columns (n, size) of M, and pivots (n,): the block's part
-    of the factor; rows: the grids, once known; fit: what finds them; sizes: the nested block sizes below n.
-    """
-    n = w.shape[0]
-    if rows is None and n == group:
-
-        def losses(scales, zeros):
-            count = scales.shape[0]
-            wide, feedback_wide = (value if value is None else jnp.tile(value, (1, count)) for value in (w, feedback))
-            given = _Rows(scales.reshape(1, -1), zeros.reshape(1, -1), jnp.zeros(n, jnp.int32))
-            solution = _descend(wide, feedback_wide, columns_of, pivots, given, grid, fit, group, sizes)
-            return solution.loss.reshape(scales.shape)
-
-        def compensated():
-            return w if feedback is None else _compensated(w, feedback, columns_of(0, n))
-
-        scale, zero = fit(fits.Group(compensated, pivots, losses), grid)
-        rows = _Rows(scale[None], zero[None], jnp.zeros(n, jnp.int32))
-        solution = _descend(w, feedback, columns_of, pivots, rows, grid, fit, group, sizes)
-        return solution._replace(scales=rows.scales, zeros=rows.zeros)
-    if not sizes:
-        return _strip(w, feedback, columns_of(0, n), pivots, rows, grid)
-
-    size = sizes[0]
-    chunk = min(CHUNK, n)
-    padding = -n % chunk
-
-    def block(errors, start):
-        columns = columns_of(start, size)
-        sums = _earlier(jnp.pad(columns, ((0, padding), (0, 0))), errors, start, chunk)
-        if feedback is not None:
-            sums += lax.dynamic_slice_in_dim(feedback, start, size)
-        part = rows and rows._replace(index=lax.dynamic_slice_in_dim(rows.index, start, size))
-        solution = _descend(
-            lax.dynamic_slice_in_dim(w, start, size),
-            sums,
-            functools.partial(lax.dynamic_slice_in_dim, lax.dynamic_slice_in_dim(columns, start, size), axis=1),
-            lax.dynamic_slice_in_dim(pivots, start, size),
-            part,
-            grid,
-            fit,
-            group,
-            sizes[1:],
-        )
-        errors = lax.dynamic_update_slice_in_dim(errors, solution.errors, start, axis=0)
-        return errors, solution._replace(errors=None)
-
-    errors = jnp.zeros((n + padding, w.shape[1]), w.dtype)
-    errors, parts = lax.scan(block, errors, jnp.arange(0, n, size))
-    codes, scales, zeros = (part.reshape(-1, w.shape[1]) for part in (parts.codes, parts.scales, parts.zeros))
-    return _Solution(codes, scales, zeros, errors[:n], jnp.sum(parts.loss, axis=0))
-
-
-class _Groups(NamedTuple):
-    """Each group's own block of the damped Hessian, its inverse, and its factor."""
-
-    matrix: Float[Array, "groups group group"]
-    inverse: Float[Array, "groups group group"]
-    upper: Float[Array, "groups group group"]
-    pivots: Float[Array, "groups group"]
-
-
-def _group_factors(factored: Factor, group: int) -> _Groups:
-    def one(start):
-        rows = factored.rows(start, group)
-        matrix = jnp.dot(rows * factored.pivots, rows.T, precision=HIGHEST)
-        backwards = lax.linalg.cholesky(matrix[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
-        roots = jnp.diagonal(backwards)
-        root_inverse = jax.scipy.linalg.solve_triangular(backwards, jnp.eye(group, dtype=matrix.dtype))
-        return _Groups(matrix, jnp.dot(root_inverse.T, root_inverse, precision=HIGHEST), backwards / roots, roots**2)
-
-    return lax.map(one, jnp.arange(0, factored.pivots.shape[0], group))
-
-
-def _sweep(w, solution, factored, groups_of, grid, plan, sweeps) -> _Solution:
-    """Group-wise coordinate descent: each group once more, all others fixed, `sweeps` times.
-
-    With e the errors of all inputs and r = H_g,rest e_rest, the loss is quadratic in the group's own errors with its
-    minimum at -H_gg⁻¹ r: the group is solved again, scale and zero as well, towards w_g + H_gg⁻¹ r. What does not
-    lower the loss of an output is not taken. [Behdin et al. 2023, QuantEase, with a group in a coordinate's place]
-    """
-    size = plan.group
-    sizes = tuple(s for s in plan.sizes if s < size)
-
-    def visit(i, state):
-        codes, scales, zeros, errors, inner = state
-        i = i % scales.shape[0]
-        start = i * size
-        rows = factored.rows(start, size)
-        matrix, inverse, upper, pivots = (array[i] for array in groups_of)
-        e, w_g, code = (lax.dynamic_slice_in_dim(array, start, size) for array in (errors, w, codes))
-        pull = jnp.dot(rows, factored.pivots[:, None] * inner, precision=HIGHEST)
-        pull -= jnp.dot(matrix, e, precision=HIGHEST)
-        move = jnp.dot(inverse, pull, precision=HIGHEST)
-        target = w_g + move
-        columns_of = functools.partial(lax.dynamic_slice_in_dim, upper, axis=1)
-
-        def solve(scales, zeros):
-            wide = jnp.tile(target, (1, scales.shape[0]))
-            given = _Rows(scales.reshape(1, -1), zeros.reshape(1, -1), jnp.zeros(size, jnp.int32))
-            return _descend(wide, None, columns_of, pivots, given, grid, None, size, sizes)
-
-        def losses(scales, zeros):
-            return solve(scales, zeros).loss.reshape(scales.shape)
-
-        def loss_of(e):
-            return jnp.sum(pivots[:, None] * jnp.dot(upper.T, e + move, precision=HIGHEST) ** 2, axis=0)
-
-        group = fits.Group(lambda: target, pivots, losses)
-        before = loss_of(e)
-        again = losses(scales[i][None], zeros[i][None])[0]
-        _, scale, zero = fits.refined(group, grid, again, scales[i], zeros[i])
-        new = solve(scale[None], zero[None])
-        e_new = new.errors - move
-        better = loss_of(e_new) < before
-        e_new = jnp.where(better, e_new, e)
-        inner += jnp.dot(rows.T, e_new - e, precision=HIGHEST)
-        codes = lax.dynamic_update_slice_in_dim(codes, jnp.where(better, new.codes, code), start, 0)
-        errors = lax.dynamic_update_slice_in_dim(errors, e_new, start, 0)
-        scales = scales.at[i].set(jnp.where(better, scale, scales[i]))
-        zeros = zeros.at[i].set(jnp.where(better, zero, zeros[i]))
-        return codes, scales, zeros, errors, inner
-
-    def inner_block(start):
-        return jnp.dot(factored.columns(start, size).T, solution.errors, precision=HIGHEST)
-
-    slots = w.shape[0]
-    inner = lax.map(inner_block, jnp.arange(0, slots, size)).reshape(slots, -1)
-    state = (solution.codes, solution.scales, solution.zeros, solution.errors, inner)
-    codes, scales, zeros, errors, inner = lax.fori_loop(0, sweeps * (slots // size), visit, state)
-    loss = jnp.sum(factored.pivots[:, None] * inner**2, axis=0)
-    return _Solution(codes, scales, zeros, errors, loss)
-
-
-def _earlier(columns, errors, start, chunk):
-    """Σ_{k < start} errors_k · columns_k for each column, as products of `chunk` rows; later errors are still zero."""
-
-    def product(i, sums):
-        errors_i = lax.dynamic_slice_in_dim(errors, i * chunk, chunk)
-        columns_i = lax.dynamic_slice_in_dim(columns, i * chunk, chunk)
-        return sums + jnp.dot(columns_i.T, errors_i, precision=HIGHEST)
-
-    zeros = jnp.zeros((columns.shape[1], errors.shape[1]), errors.dtype)
-    if errors.shape[0] == chunk:
-        return product(0, zeros)
-    return lax.fori_loop(0, (start + chunk - 1) // chunk, product, zeros)
-
-
-def _compensated(w, feedback, upper):
-    """The weights of a block as algorithm 1 holds them on reaching it: moved to make up, if left real, for all errors
-    so far. Feedback is in the basis of M, so w + M⁻ᵀ feedback."""
-    # A library solve with so few rows spends most of its time starting threads (on a CPU).
-    eye = jnp.eye(upper.shape[0], dtype=upper.dtype)
-
-    def substitute(i, inverse):
-        j = upper.shape[0] - 1 - i
-        return inverse.at[j].set(eye[j] - jnp.dot(upper[j] - eye[j], inverse, precision=HIGHEST))
-
-    inverse = lax.fori_loop(1, upper.shape[0], substitute, eye)
-    return w + jnp.dot(inverse.T, feedback, precision=HIGHEST)
-
-
-def _strip(w, feedback, upper, pivots, rows, grid) -> _Solution:
-    """The recursion itself, one input at a time."""
-    targets = w if feedback is None else w + feedback
-
-    def column(j, state):
-        errors, codes, loss = state
-        t = targets[j] + jnp.dot(upper[:, j], errors, precision=HIGHEST)
-        scale, zero = rows.scales[rows.index[j]], rows.zeros[rows.index[j]]
-        code = grids.encode(t, scale, zero, grid.max_code)
-        q = grids.decode(code, scale, zero)
-        return errors.at[j].set(w[j] - q), codes.at[j].set(code.astype(jnp.uint8)), loss + pivots[j] * (t - q) ** 2
-
-    start = (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8), jnp.zeros(w.shape[1], w.dtype))
-    errors, codes, loss = lax.fori_loop(0, w.shape[0], column, start)
-    return _Solution(codes, rows.scales[:0], rows.zeros[:0], errors, loss)

@@ -1,0 +1,150 @@
+"""Group-wise coordinate descent: what is left to gain once every group has been solved.
+
+With e = w - q and the groups other than g fixed, the loss eᵀ H e is quadratic in the group's own errors:
+(e_g + m)ᵀ H_gg (e_g + m) and what does not depend on them, with m = H_gg⁻¹ Σ_{h≠g} H_gh e_h. So the group is solved
+again towards w_g + m, scale and zero as well. [Behdin et al. 2023, QuantEase, with a group in a coordinate's place]
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jgptq import grid as grids
+from jgptq.grid import Grid, Levels
+from jgptq.hessian import HIGHEST, Factor
+from jgptq.solvers import fits
+from jgptq.solvers.descent import Solution, with_grids
+
+
+class GroupFactors(NamedTuple):
+    """For each group its own block of the damped Hessian, the inverse of that, and its factor M D Mᵀ."""
+
+    matrix: Float[Array, "groups group group"]
+    inverse: Float[Array, "groups group group"]
+    upper: Float[Array, "groups group group"]
+    pivots: Float[Array, "groups group"]
+
+
+def group_factors(factored: Factor, group: int) -> GroupFactors:
+    def one(start):
+        rows = factored.rows(start, group)
+        matrix = jnp.dot(rows * factored.pivots, rows.T, precision=HIGHEST)
+        roots_upper = lax.linalg.cholesky(matrix[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
+        roots = jnp.diagonal(roots_upper)
+        half = jax.scipy.linalg.solve_triangular(roots_upper, jnp.eye(group, dtype=matrix.dtype))
+        inverse = jnp.dot(half.T, half, precision=HIGHEST)
+        return GroupFactors(matrix, inverse, roots_upper / roots, roots * roots)
+
+    return lax.map(one, jnp.arange(0, factored.pivots.shape[0], group))
+
+
+def sweep(
+    w: Float[Array, "slots out"],
+    solution: Solution,
+    factored: Factor,
+    factors: GroupFactors,
+    grid: Grid | Levels,
+    sizes: tuple[int, ...],
+    sweeps: int,
+) -> Solution:
+    """Solves each group again, `sweeps` times; an output takes what lowers its loss and nothing else.
+
+    solution: of all inputs in slots, from `descend`. sizes: the nested block sizes.
+    """
+    slots = w.shape[0]
+    size = factors.matrix.shape[1]
+    inner_sizes = tuple(inner for inner in sizes if inner < size)
+
+    def visit(number, state):
+        codes, scales, zeros, errors, products = state
+        g = number % scales.shape[0]
+        own = jax.tree.map(lambda array: array[g], factors)
+        w_g, e_g, codes_g = (lax.dynamic_slice_in_dim(array, g * size, size) for array in (w, errors, codes))
+        rows = factored.rows(g * size, size)
+        pull = jnp.dot(rows, factored.pivots[:, None] * products, precision=HIGHEST)
+        move = jnp.dot(own.inverse, pull, precision=HIGHEST) - e_g
+        new = _again(w_g + move, codes_g, scales[g], zeros[g], own, grid, inner_sizes)
+        e_new = w_g - grids.decode(new.codes.astype(w.dtype), new.scales, new.zeros)
+        better = _loss(e_new + move, own) < _loss(e_g + move, own)
+        e_new = jnp.where(better, e_new, e_g)
+        # Uᵀ e, kept up to date rather than computed again.
+        products += jnp.dot(rows.T, e_new - e_g, precision=HIGHEST)
+        codes_g = jnp.where(better, new.codes, codes_g)
+        codes, errors = (
+            lax.dynamic_update_slice_in_dim(array, values, g * size, axis=0)
+            for array, values in ((codes, codes_g), (errors, e_new))
+        )
+        scales = scales.at[g].set(jnp.where(better, new.scales, scales[g]))
+        zeros = zeros.at[g].set(jnp.where(better, new.zeros, zeros[g]))
+        return codes, scales, zeros, errors, products
+
+    def product(start):
+        return jnp.dot(factored.columns(start, size).T, solution.errors, precision=HIGHEST)
+
+    products = lax.map(product, jnp.arange(0, slots, size)).reshape(slots, -1)
+    state = (solution.codes, solution.scales, solution.zeros, solution.errors, products)
+    codes, scales, zeros, errors, products = lax.fori_loop(0, sweeps * (slots // size), visit, state)
+    return Solution(codes, scales, zeros, errors, jnp.sum(factored.pivots[:, None] * products**2, axis=0))
+
+
+class _Choice(NamedTuple):
+    codes: Array  # (group, out) uint8
+    scales: Array  # (out,)
+    zeros: Array  # (out,)
+
+
+def _again(target, codes, scale, zero, own: GroupFactors, grid, sizes) -> _Choice:
+    """The group solved towards `target`, from its present grid on."""
+    columns_of = functools.partial(lax.dynamic_slice_in_dim, own.upper, axis=1)
+
+    def losses(scales, zeros):
+        return with_grids(target, None, columns_of, own.pivots, scales, zeros, grid, sizes).loss
+
+    candidates = fits.Group(lambda: target, own.pivots, losses)
+    known = losses(scale[None], zero[None])[0], scale, zero
+    _, scale, zero = fits.refined(candidates, grid, *known)
+    codes = with_grids(target, None, columns_of, own.pivots, scale[None], zero[None], grid, sizes).codes
+    codes = one_by_one(target, codes, scale, zero, own.matrix, grid.max_code)
+    fitted = grids.round_scales(refit(target, codes, scale, zero, own.matrix), grid.scale_dtype)
+
+    def loss(scale):
+        return _loss(target - grids.decode(codes.astype(target.dtype), scale, zero), own)
+
+    return _Choice(codes, jnp.where(loss(fitted) < loss(scale), fitted, scale), zero)
+
+
+def one_by_one(
+    target: Float[Array, "group out"], codes: Array, scale: Array, zero: Array, matrix: Array, max_code: Array | int
+) -> Array:
+    """Each code in turn set to the best one with all others fixed: the minimum of (t - q)ᵀ H (t - q) along q_j is at
+    q_j + (H (t - q))_j / H_jj. [Behdin et al. 2023, QuantEase, algorithm 1]"""
+
+    def visit(j, state):
+        codes, q, pulls = state
+        code = grids.encode(q[j] + pulls[j] / matrix[j, j], scale, zero, max_code)
+        q_j = grids.decode(code, scale, zero)
+        pulls -= matrix[:, j, None] * (q_j - q[j])
+        return codes.at[j].set(code.astype(jnp.uint8)), q.at[j].set(q_j), pulls
+
+    q = grids.decode(codes.astype(target.dtype), scale, zero)
+    state = codes, q, jnp.dot(matrix, target - q, precision=HIGHEST)
+    return lax.fori_loop(0, target.shape[0], visit, state)[0]
+
+
+def refit(
+    target: Float[Array, "group out"], codes: Array, scale: Array, zero: Array, matrix: Float[Array, "group group"]
+) -> Float[Array, " out"]:
+    """The scale that is best for given codes: with c = codes - zero, sᵒ = cᵀ H t / cᵀ H c."""
+    steps = codes.astype(target.dtype) - zero
+    pulled = jnp.dot(matrix, steps, precision=HIGHEST)
+    square = jnp.sum(steps * pulled, axis=0)
+    best = jnp.sum(pulled * target, axis=0) / jnp.where(square > 0, square, 1.0)
+    return jnp.where((square > 0) & (best != 0), best, scale)
+
+
+def _loss(errors: Float[Array, "group out"], own: GroupFactors) -> Float[Array, " out"]:
+    return jnp.sum(own.pivots[:, None] * jnp.dot(own.upper.T, errors, precision=HIGHEST) ** 2, axis=0)
