@@ -73,7 +73,7 @@ def allocate(
     free = [leaf for leaf, (grid, _) in plan.items() if grid is None]
     if not free:
         return given
-    choices = {leaf: _candidates(sites[leaf].layout.in_features, grids) for leaf in free}
+    choices = {leaf: candidates(sites[leaf].layout.in_features, grids) for leaf in free}
     # Sizes first: a budget that nothing fits is refused before the work.
     sizes = {leaf: _sizes(sites[leaf].layout, grids, choices[leaf]) for leaf in free}
     fixed = sum(stored_bits(sites[leaf].layout, grid) for leaf, (grid, _) in plan.items() if grid is not None)
@@ -188,7 +188,7 @@ def _check_paths(sites: dict[int, Site]) -> None:
         raise ValueError(f"two weights have the path {doubled}, so no rule could tell them apart; rename one")
 
 
-def _candidates(in_features: int, grids: Sequence[Grid]) -> list[int]:
+def candidates(in_features: int, grids: Sequence[Grid]) -> list[int]:
     """The grids that a weight may take, by number; those that are the same for it only once."""
     lengths = [grid.group_length(in_features) for grid in grids]
     divide = any(in_features % length == 0 for length in lengths)
