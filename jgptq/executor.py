@@ -51,6 +51,7 @@ class Executor:
         self._follow_float, self._replaced = follow_float, False
         # Of tokens, by step, and then by the number of the stream and of the product; for each batch.
         self._weights: dict[int, dict[tuple[int, int], list[jax.Array]]] = {}
+        self._kept: dict[tuple[int, Index], jax.Array | None] = {}
         by_shape: dict[Any, list] = {}
         for batch in batches:
             by_shape.setdefault(_signature(batch), []).append(batch)
@@ -78,6 +79,8 @@ class Executor:
                 "the function uses other weights, or in another order, on batches of other shapes; "
                 "give calibration batches of one shape"
             )
+        if self._follow_float:
+            self._kept = {part_key(part): None for step in steps[0] for part in step.parts}
         # A step as each stream's own graph has it.
         self._steps = {id(theirs[0]): theirs for theirs in zip(*steps, strict=True)}
         return steps[0]
@@ -103,7 +106,14 @@ class Executor:
         return part
 
     def float_leaf(self, number: int, index: Index) -> jax.Array:
-        """Part of a leaf as it was given."""
+        """Part of a leaf as it was given. Parts to be quantized are kept for the float model's turn."""
+        if (number, index) not in self._kept:
+            return self._given(number, index)
+        if self._kept[number, index] is None:
+            self._kept[number, index] = self._given(number, index)
+        return self._kept[number, index]
+
+    def _given(self, number: int, index: Index) -> jax.Array:
         leaf = self._leaves[number]
         shape = np.shape(leaf)
         if _is_lazy(leaf) or any(bounds != (0, size) for bounds, size in zip(index, shape, strict=True)):
@@ -127,8 +137,9 @@ class Executor:
         """Advances all batches to where a step's weights are first needed."""
         for stream, own in zip(self._streams, self._steps[id(step)], strict=True):
             stream.advance(own.start)
-        for key in [key for key in self._quantized if all(stream.has_passed(*key) for stream in self._streams)]:
-            del self._quantized[key]
+        for values in (self._quantized, self._kept):
+            for key in [key for key in values if all(stream.has_passed(*key) for stream in self._streams)]:
+                del values[key]
 
     def moments(self, step: Step) -> tuple[Hessian, Drift | None]:
         """Advances to a step and sums the Hessian of its activations, and how they differ from the float model's.

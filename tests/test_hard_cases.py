@@ -1,5 +1,7 @@
 """Functions that broke tracing, calibration or serving once: each is quantized, served, and compared."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,9 @@ from jax import lax
 import jgptq
 from jgptq import GPTQ, Grid, Options, QuantizedTensor
 from jgptq.executor import Executor
+
+# What these tests are about is the same at every quality.
+quantize = functools.partial(jgptq.quantize, quality="fast")
 
 GRID = Grid(bits=4, group_size=8)
 
@@ -88,9 +93,7 @@ def test_the_quantized_function_is_the_function_on_dequantized_weights(name):
     if "float16" in name:
         params = {"w": params["w"] * 1e6}  # beyond float16 by itself
     x = normal(64, 16, seed=1)
-    packed, report = jgptq.quantize(
-        f, params, [x], grid=Grid(bits=4, group_size=8, scale_dtype="float32"), method="rtn"
-    )
+    packed, report = quantize(f, params, [x], grid=Grid(bits=4, group_size=8, scale_dtype="float32"), method="rtn")
     assert rows is None or len(report.rows) == rows
     for got, want in zip(
         jax.tree.leaves(jax.jit(jgptq.quantized(f))(packed, x)), jax.tree.leaves(f(dense(packed), x)), strict=True
@@ -103,7 +106,7 @@ def test_the_quantized_function_is_the_function_on_dequantized_weights(name):
 @pytest.mark.parametrize("name", ["a scaled stack in a scan", "blocks of layers"])
 def test_no_dequantized_stack(name):
     f, shape, _ = CASES[name]
-    packed, _ = jgptq.quantize(f, {"w": normal(*shape)}, [normal(64, 16)], grid=GRID, method="rtn")
+    packed, _ = quantize(f, {"w": normal(*shape)}, [normal(64, 16)], grid=GRID, method="rtn")
     text = str(jax.make_jaxpr(jgptq.quantized(f))(packed, normal(64, 16)))
     assert f"f32[{','.join(map(str, shape))}]" not in text
 
@@ -115,7 +118,7 @@ def test_a_whole_leaf_that_is_a_scans_start_is_replaced_before_it():
 
     params, rules = {"m": normal(16, 16), "u": normal(16, 16, seed=2) / 4}, [("m", Options(tied=True))]
     x = normal(32, 16)
-    packed, report = jgptq.quantize(f, params, [x], grid=GRID, method="rtn", rules=rules)
+    packed, report = quantize(f, params, [x], grid=GRID, method="rtn", rules=rules)
     assert [row.path for row in report.rows] == ["m", "u"]
     np.testing.assert_allclose(jgptq.quantized(f)(packed, x), f(dense(packed), x), atol=1e-4, rtol=1e-4)
 
@@ -138,7 +141,7 @@ def test_leaves_that_are_no_weights():
         return x @ p["w"] + jax.random.normal(p["key"], (8,))[None] * (1.0 if p["train"] else 0.0)
 
     params = {"w": normal(16, 8), "key": jax.random.key(0), "train": False}
-    packed, report = jgptq.quantize(f, params, [normal(32, 16)], grid=GRID, method="rtn")
+    packed, report = quantize(f, params, [normal(32, 16)], grid=GRID, method="rtn")
     assert [row.path for row in report.rows] == ["w"]
     np.testing.assert_allclose(jgptq.quantized(f)(packed, normal(4, 16)), f(dense(packed), normal(4, 16)), atol=1e-5)
 
@@ -146,7 +149,7 @@ def test_leaves_that_are_no_weights():
 def test_the_same_product_twice_counts_once():
     f = lambda p, x: x @ p["w"] + jnp.sin(x @ p["w"])  # noqa: E731
     with pytest.warns(jgptq.QuantizationWarning, match="saw 10 tokens"):
-        _, report = jgptq.quantize(f, {"w": normal(16, 8)}, [normal(10, 16)], grid=GRID)
+        _, report = quantize(f, {"w": normal(16, 8)}, [normal(10, 16)], grid=GRID)
     assert report.rows[0].tokens == 10
 
 
@@ -164,7 +167,7 @@ def test_a_choice_by_platform_is_left_to_jax():
 
 
 def test_a_lookup_in_a_stack_of_one():
-    table, _ = jgptq.quantize(lambda p, x: x @ p.T, normal(10, 16), [normal(32, 16)], grid=GRID, method="rtn")
+    table, _ = quantize(lambda p, x: x @ p.T, normal(10, 16), [normal(32, 16)], grid=GRID, method="rtn")
     stack = jax.tree.map(lambda array: array[None], table)
     got = jgptq.quantized(lambda p, i: p[0][i])(stack, jnp.array([1, 2]))
     np.testing.assert_array_equal(got, table.dequantize()[jnp.array([1, 2])])
@@ -174,10 +177,10 @@ def test_finished_weights_of_other_settings_are_refused():
     f, shape, _ = CASES["a shifted stack in a scan"]
     params, x = {"w": normal(*shape)}, normal(40, 16)
     finished = {}
-    jgptq.quantize(f, params, [x], grid=Grid(bits=8, group_size=8, symmetric=True), method="rtn", finished=finished)
+    quantize(f, params, [x], grid=Grid(bits=8, group_size=8, symmetric=True), method="rtn", finished=finished)
     for grid in (Grid(bits=8, group_size=8), Grid(bits=4, group_size=8, symmetric=True), Grid(bits=8, group_size=4)):
         with pytest.raises(ValueError, match=r"finished\['w\[0\]'\] is a QuantizedTensor.* remove it"):
-            jgptq.quantize(f, params, [x], grid=grid, method="rtn", finished={"w[0]": finished["w[0]"]})
+            quantize(f, params, [x], grid=grid, method="rtn", finished={"w[0]": finished["w[0]"]})
 
 
 def test_slices_that_would_be_permuted_differently_are_refused_before_any_work():
@@ -186,7 +189,7 @@ def test_slices_that_would_be_permuted_differently_are_refused_before_any_work()
 
     rows = []
     with pytest.raises(ValueError, match=r'w is used through slices that see different inputs.*use act_order="group"'):
-        jgptq.quantize(
+        quantize(
             f,
             {"w": normal(16, 16)},
             [normal(40, 16)],
@@ -210,7 +213,7 @@ class Stateful(nnx.Module):
 def test_an_nnx_module_that_changes_its_state():
     model, x = Stateful(nnx.Rngs(0)), normal(64, 16)
     before = jax.tree.map(lambda leaf: leaf, nnx.state(model, nnx.BatchStat))
-    packed, _ = jgptq.quantize(model, [x], grid=GRID, method="rtn")
+    packed, _ = quantize(model, [x], grid=GRID, method="rtn")
     assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(nnx.state(model, nnx.BatchStat))))
     served = jgptq.quantized(packed)
     served(x)
@@ -220,7 +223,7 @@ def test_an_nnx_module_that_changes_its_state():
 def test_an_nnx_module_that_changes_nothing_serves_under_plain_jax():
     model, x = Stateful(nnx.Rngs(0)), normal(64, 16)
     model.eval()
-    served = jgptq.quantized(jgptq.quantize(model, [x], grid=GRID, method="rtn")[0])
+    served = jgptq.quantized(quantize(model, [x], grid=GRID, method="rtn")[0])
     expected = served(x)
     np.testing.assert_allclose(jax.jit(lambda x: served(x))(x), expected, atol=1e-5)
     np.testing.assert_allclose(jax.vmap(lambda row: served(row[None])[0])(x), expected, atol=1e-5)
@@ -237,7 +240,7 @@ def test_an_nnx_recurrent_network():
             return self.out(self.rnn(x))
 
     model, x = Recurrent(nnx.Rngs(0)), normal(4, 12, 16)
-    packed, report = jgptq.quantize(model, [x], grid=GRID)
+    packed, report = quantize(model, [x], grid=GRID)
     assert len(report.rows) == 9
     assert all(row.relative_error < row.rtn_error for row in report.rows)
     assert jgptq.quantized(packed)(x).shape == (4, 12, 4)

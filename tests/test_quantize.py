@@ -1,6 +1,7 @@
 """Sequential quantization of whole functions, and serving the result."""
 
 import dataclasses
+import functools
 import json
 import warnings
 
@@ -13,6 +14,9 @@ import jgptq
 from jgptq import GPTQ, Grid, Options, QuantizationWarning, QuantizedTensor
 from jgptq.executor import Executor
 from jgptq.report import nbytes, report_json, report_table, weights_table
+
+# What these tests are about is the same at every quality.
+quantize = functools.partial(jgptq.quantize, quality="fast")
 
 GRID = Grid(bits=4, group_size=16)
 WIDTH, HIDDEN = 32, 48
@@ -67,7 +71,7 @@ def dense(params):
 @pytest.fixture(scope="module")
 def quantized_network():
     params = random_params(2)
-    packed, report = jgptq.quantize(network, params, token_batches(), grid=GRID)
+    packed, report = quantize(network, params, token_batches(), grid=GRID)
     return params, packed, report
 
 
@@ -110,7 +114,7 @@ def test_the_executor_ends_at_the_quantized_models_own_output():
     executor = Executor(network, params, batches, keep_outputs=True)
     packed_leaves = {}
     for step in executor.choose():
-        hessian = executor.hessian(step)
+        hessian = executor.moments(step)[0]
         for part in step.parts:
             weight, _ = jgptq.gptq(part.layout.to_matrix(executor.leaf(part.leaf, part.index)), hessian, GRID)
             weight = dataclasses.replace(weight, layout=part.layout)
@@ -130,7 +134,7 @@ def test_each_hessian_is_that_of_the_quantized_models_activations(quantized_netw
         x = layer(dense(packed)["layers"][0], params["embedding"][tokens])
         hessian = jgptq.update_hessian(hessian, x)
     w = params["layers"][1]["q"].reshape(WIDTH, -1)
-    expected, info = GPTQ().solve(w, hessian, GRID)
+    expected, info = jgptq.PRESETS["gptq"]["fast"].solve(w, hessian, GRID)
     got = packed["layers"][1]["q"]
     different = np.mean(jgptq.tensor.unpack_codes(got) != jgptq.tensor.unpack_codes(expected))
     assert different < 0.005  # near ties: the activations agree to float32 rounding only
@@ -144,7 +148,7 @@ def test_a_deeper_model_compiles_nothing_more():
         executor = Executor(network, random_params(depth), token_batches(1))
         steps = executor.choose()
         for step in steps:
-            executor.hessian(step)
+            executor.moments(step)[0]
         assert len(steps) == 4 * depth
         counts.append(executor.programs)
     assert counts[0] == counts[1] <= 6
@@ -154,7 +158,7 @@ def test_the_callers_arrays_survive(quantized_network):
     params = random_params(1, seed=8)
     batches = [tuple(map(jnp.asarray, batch)) for batch in token_batches(1)]
     before = jax.tree.map(np.array, (params, batches))
-    jgptq.quantize(network, params, batches, grid=GRID, method="rtn")
+    quantize(network, params, batches, grid=GRID, method="rtn")
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, batches)))
     assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves((params, batches))))
 
@@ -162,7 +166,7 @@ def test_the_callers_arrays_survive(quantized_network):
 def test_batches_may_be_bare_arrays_and_of_several_shapes():
     params = random_params(1)
     (long,), (short,) = token_batches(1, length=16)[0], token_batches(1, length=8)[0]
-    _, report = jgptq.quantize(network, params, [long, short, long], grid=GRID, method="rtn")
+    _, report = quantize(network, params, [long, short, long], grid=GRID, method="rtn")
     assert {row.tokens for row in report.rows} == {4 * (16 + 8 + 16)}
 
 
@@ -171,13 +175,13 @@ def test_gptq_is_closer_to_the_float_function_than_rtn():
     held_out = token_batches(1, rows=8, seed=99)[0][0]
     errors = {}
     for method in ("rtn", "gptq"):
-        packed, _ = jgptq.quantize(network, params, batches, grid=Grid(bits=3, group_size=16), method=method)
+        packed, _ = quantize(network, params, batches, grid=Grid(bits=3, group_size=16), method=method)
         errors[method] = float(jnp.mean((network(dense(packed), held_out) - network(params, held_out)) ** 2))
     assert errors["gptq"] < 0.8 * errors["rtn"]
 
 
 def test_rules_choose_by_pattern_and_predicate_first_match_wins():
-    packed, report = jgptq.quantize(
+    packed, report = quantize(
         network,
         random_params(2),
         token_batches(1),
@@ -201,7 +205,7 @@ def test_rules_choose_by_pattern_and_predicate_first_match_wins():
 
 def test_progress_counts_every_weight():
     seen = []
-    jgptq.quantize(
+    quantize(
         network,
         random_params(1),
         token_batches(1),
@@ -259,7 +263,7 @@ def test_leaves_of_one_path_are_two_weights():
     w = jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)
     only_outer = [(lambda site: site.leaf == 1, None)]
     params, batches = {"a.b": w, "a": {"b": w}}, [np.eye(8, dtype=np.float32)] * 3
-    packed, report = jgptq.quantize(f, params, batches, grid=GRID, method="rtn", rules=only_outer)
+    packed, report = quantize(f, params, batches, grid=GRID, method="rtn", rules=only_outer)
     assert is_packed(packed["a"]["b"])
     assert not is_packed(packed["a.b"])
     assert len(report.rows) == 1
@@ -271,14 +275,16 @@ def test_whole_number_activations_and_batches_without_tokens_count_as_they_are()
 
     w = jnp.asarray(np.random.default_rng(0).standard_normal((8, 4)), jnp.float32)
     x = np.random.default_rng(1).integers(-5, 6, (40, 8)).astype(np.float32)
-    packed, report = jgptq.quantize(f, {"w": w}, [x, x[:0]], grid=GRID)
-    expected, _ = GPTQ().solve(w, jgptq.update_hessian(jgptq.init_hessian(8), jnp.asarray(x)), GRID)
+    packed, report = quantize(f, {"w": w}, [x, x[:0]], grid=GRID)
+    expected, _ = jgptq.PRESETS["gptq"]["fast"].solve(
+        w, jgptq.update_hessian(jgptq.init_hessian(8), jnp.asarray(x)), GRID
+    )
     assert report.rows[0].tokens == 40
     assert jnp.array_equal(packed["w"].codes, expected.codes)
 
 
 def test_no_batches_of_inputs_but_a_function_of_none():
-    packed, _ = jgptq.quantize(lambda p: jnp.eye(8) @ p["w"], {"w": jnp.eye(8)}, [()], grid=GRID, method="rtn")
+    packed, _ = quantize(lambda p: jnp.eye(8) @ p["w"], {"w": jnp.eye(8)}, [()], grid=GRID, method="rtn")
     assert is_packed(packed["w"])
 
 
@@ -292,30 +298,30 @@ def test_arguments_of_the_wrong_kind_are_named():
         ([x, jax.ShapeDtypeStruct((20, 8), np.float32)], r"batch 1 holds a ShapeDtypeStruct"),
     ]:
         with pytest.raises(TypeError, match=message):
-            jgptq.quantize(dense_layer, params, batches)
+            quantize(dense_layer, params, batches)
     with pytest.raises(TypeError, match=r"grid=\{'bits': 3\}; give a jgptq.Grid"):
-        jgptq.quantize(dense_layer, params, [x], grid={"bits": 3})
+        quantize(dense_layer, params, [x], grid={"bits": 3})
     with pytest.raises(TypeError, match=r"method=3; choose one of \('rtn', 'gptq', 'obq'\), or give a Method value"):
         Options(method=3)
     with pytest.raises(TypeError, match=r"w is a ShapeDtypeStruct, with no values; give arrays"):
-        jgptq.quantize(dense_layer, jax.eval_shape(lambda: params), [x])
+        quantize(dense_layer, jax.eval_shape(lambda: params), [x])
 
 
 def test_bad_calibration_is_named():
     params = {"w": jnp.ones((8, 4))}
     x = np.ones((20, 8), np.float32)
     with pytest.raises(ValueError, match="no calibration data: batches is empty; give at least one batch"):
-        jgptq.quantize(dense_layer, params, [], grid=GRID)
+        quantize(dense_layer, params, [], grid=GRID)
     x[3, 2] = np.nan
     with pytest.raises(ValueError, match=r"activations that reach w in calibration contain NaN or infinity; check"):
-        jgptq.quantize(dense_layer, params, [x], grid=GRID)
+        quantize(dense_layer, params, [x], grid=GRID)
     with pytest.raises(ValueError, match=r"NaN or infinity in w; repair"):
-        jgptq.quantize(dense_layer, {"w": jnp.full((8, 4), jnp.inf)}, [np.ones((20, 8), np.float32)], grid=GRID)
+        quantize(dense_layer, {"w": jnp.full((8, 4), jnp.inf)}, [np.ones((20, 8), np.float32)], grid=GRID)
 
 
 def test_a_function_without_a_weight_product_is_refused():
     with pytest.raises(ValueError, match=r"no weight that can be quantized \(w: no product .* \(used in add\)\)"):
-        jgptq.quantize(lambda p, x: x + p["w"], {"w": jnp.ones((1, 8))}, [np.ones((2, 8), np.float32)])
+        quantize(lambda p, x: x + p["w"], {"w": jnp.ones((1, 8))}, [np.ones((2, 8), np.float32)])
 
 
 def test_rules_that_make_no_sense_are_refused(without_type_checker):
@@ -325,21 +331,21 @@ def test_rules_that_make_no_sense_are_refused(without_type_checker):
         return x @ p["kernel"]
 
     with pytest.raises(ValueError, match=r"no weight matches the rule 'kernle'; the nearest paths are kernel"):
-        jgptq.quantize(f, params, batches, rules=[("kernle", None)])
+        quantize(f, params, batches, rules=[("kernle", None)])
     for rules in ("kernel", {"kernel": None}):
         with pytest.raises(TypeError, match=r"give a sequence of \(pattern, options\) pairs"):
-            jgptq.quantize(f, params, batches, rules=rules)
+            quantize(f, params, batches, rules=rules)
     with pytest.raises(TypeError, match=r"\('\*',\) in rules; give a pair of a glob on paths"):
-        jgptq.quantize(f, params, batches, rules=[("*",)])
+        quantize(f, params, batches, rules=[("*",)])
     with pytest.raises(TypeError, match=r"has options \{'bits': 3\}; give jgptq.Options"):
-        jgptq.quantize(f, params, batches, rules=[("*", {"bits": 3})])
+        quantize(f, params, batches, rules=[("*", {"bits": 3})])
     params["bias"] = jnp.ones(4)
     with pytest.raises(
         ValueError, match=r"'bias' sets options for bias, which cannot be quantized \(not used\); remove"
     ):
-        jgptq.quantize(f, params, batches, rules=[("bias", Options(method="rtn"))])
+        quantize(f, params, batches, rules=[("bias", Options(method="rtn"))])
     with pytest.raises(ValueError, match=r"method='gtpq'; choose one of \('rtn', 'gptq', 'obq'\)"):
-        jgptq.quantize(f, params, batches, method="gtpq")
+        quantize(f, params, batches, method="gtpq")
 
 
 @pytest.mark.parametrize(
@@ -351,7 +357,7 @@ def test_rules_that_make_no_sense_are_refused(without_type_checker):
 )
 def test_starved_weights_are_in_the_report_and_warned_about(x, note):
     with pytest.warns(QuantizationWarning, match=note):
-        _, report = jgptq.quantize(dense_layer, {"w": jnp.ones((8, 4))}, [x], grid=GRID)
+        _, report = quantize(dense_layer, {"w": jnp.ones((8, 4))}, [x], grid=GRID)
     assert report.rows[0].notes == (note,)
 
 
@@ -361,17 +367,17 @@ def test_grown_damping_is_said():
     x[:7, 1:] = 4 * np.eye(7)
     x[:, 0] = x[:, 1]
     with pytest.warns(QuantizationWarning, match="damping raised from 0 to"):
-        jgptq.quantize(dense_layer, {"w": jnp.eye(8)[:, :4]}, [x], grid=GRID, method=GPTQ(damp=0.0))
+        quantize(dense_layer, {"w": jnp.eye(8)[:, :4]}, [x], grid=GRID, method=GPTQ(damp=0.0))
 
 
 def test_scales_beyond_float16_are_said():
     x = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
     with pytest.warns(QuantizationWarning, match=r'outside the range of float16: use Grid\(scale_dtype="float32"\)'):
-        jgptq.quantize(dense_layer, {"w": 1e-9 * jnp.eye(8)}, [x], grid=GRID)
+        quantize(dense_layer, {"w": 1e-9 * jnp.eye(8)}, [x], grid=GRID)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fine = Grid(bits=4, group_size=16, scale_dtype="float32")
-        jgptq.quantize(dense_layer, {"w": 1e-9 * jnp.eye(8)}, [x], grid=fine)
+        quantize(dense_layer, {"w": 1e-9 * jnp.eye(8)}, [x], grid=fine)
 
 
 def test_batches_on_which_the_function_changes_its_weights_are_refused():
@@ -380,7 +386,7 @@ def test_batches_on_which_the_function_changes_its_weights_are_refused():
 
     params = {"a": jnp.ones((8, 4)), "b": jnp.ones((8, 4))}
     with pytest.raises(ValueError, match="give calibration batches of one shape"):
-        jgptq.quantize(f, params, [np.ones((4, 8), np.float32), np.ones((2, 8), np.float32)])
+        quantize(f, params, [np.ones((4, 8), np.float32), np.ones((2, 8), np.float32)])
 
 
 def test_the_report_as_json_and_tables(quantized_network):
@@ -424,7 +430,7 @@ def test_lazy_leaves_are_read_when_needed_and_give_the_same(quantized_network):
     def note(row, done, total):
         reads.append([leaf["q"].reads for leaf in lazy["layers"]])
 
-    from_lazy, _ = jgptq.quantize(network, lazy, token_batches(), grid=GRID, progress=note)
+    from_lazy, _ = quantize(network, lazy, token_batches(), grid=GRID, progress=note)
     assert from_lazy["embedding"] is lazy["embedding"]
     assert from_lazy["layers"][1]["norm"] is lazy["layers"][1]["norm"]
     same([layer["q"] for layer in from_lazy["layers"]], [layer["q"] for layer in packed["layers"]])
@@ -435,19 +441,19 @@ def test_lazy_leaves_are_read_when_needed_and_give_the_same(quantized_network):
 
 def test_bad_values_in_lazy_leaves_are_found():
     with pytest.raises(ValueError, match="NaN or infinity in w; repair"):
-        jgptq.quantize(dense_layer, {"w": Lazy(np.full((8, 4), np.nan, np.float32))}, [np.ones((20, 8), np.float32)])
+        quantize(dense_layer, {"w": Lazy(np.full((8, 4), np.nan, np.float32))}, [np.ones((20, 8), np.float32)])
 
 
 def test_activations_on_the_host_give_the_same(quantized_network):
     params, packed, _ = quantized_network
-    offloaded, _ = jgptq.quantize(network, params, token_batches(), grid=GRID, offload="host")
+    offloaded, _ = quantize(network, params, token_batches(), grid=GRID, offload="host")
     same(offloaded, packed)
 
 
 def test_what_to_do_with_activations_is_checked(without_type_checker):
     params = random_params(1)
     with pytest.raises(ValueError, match=r"offload='disk'; give \"host\", or None"):
-        jgptq.quantize(network, params, token_batches(), grid=GRID, offload="disk")
+        quantize(network, params, token_batches(), grid=GRID, offload="disk")
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(quantized_network):
@@ -459,10 +465,10 @@ def test_an_interrupted_run_goes_on_to_the_same_result(quantized_network):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        jgptq.quantize(network, params, token_batches(), grid=GRID, finished=finished, progress=stop)
+        quantize(network, params, token_batches(), grid=GRID, finished=finished, progress=stop)
     assert list(finished) == ["layers.0.q", "layers.0.o", "layers.0.up"]
     before = dict(finished)
-    resumed, second = jgptq.quantize(network, params, token_batches(), grid=GRID, finished=finished)
+    resumed, second = quantize(network, params, token_batches(), grid=GRID, finished=finished)
     same(resumed, packed)
     assert [row.path for row in second.rows] == [row.path for row in report.rows]
     assert all(finished[path] is before[path] for path in before)
@@ -472,7 +478,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(quantized_network):
 def test_finished_needs_paths_that_tell_weights_apart():
     params = {"a.b": jnp.eye(8), "a": {"b": jnp.eye(8)}}
     with pytest.raises(ValueError, match="two weights have the same path"):
-        jgptq.quantize(lambda p, x: x @ p["a.b"] @ p["a"]["b"], params, [np.eye(8, dtype=np.float32)], finished={})
+        quantize(lambda p, x: x @ p["a.b"] @ p["a"]["b"], params, [np.eye(8, dtype=np.float32)], finished={})
 
 
 def test_a_stack_resumes_in_the_middle():
@@ -482,12 +488,12 @@ def test_a_stack_resumes_in_the_middle():
     rng = np.random.default_rng(0)
     params = jnp.asarray(rng.standard_normal((3, 16, 16)) / 4, jnp.float32)
     batches = [rng.standard_normal((64, 16)).astype(np.float32)]
-    whole, report = jgptq.quantize(f, params, batches, grid=GRID)
+    whole, report = quantize(f, params, batches, grid=GRID)
     assert [row.path for row in report.rows] == ["params[0]", "params[1]", "params[2]"]
     finished = {}
-    jgptq.quantize(f, params, batches, grid=GRID, finished=finished)
+    quantize(f, params, batches, grid=GRID, finished=finished)
     del finished["params[1]"], finished["params[2]"]
-    resumed, _ = jgptq.quantize(f, params, batches, grid=GRID, finished=finished)
+    resumed, _ = quantize(f, params, batches, grid=GRID, finished=finished)
     same(resumed, whole)
 
 
@@ -495,15 +501,15 @@ def test_a_tied_embedding_is_quantized_when_asked_for():
     params = random_params(1)
     rules = [("embedding", Options(tied=True, grid=Grid(bits=8, group_size=16))), ("*", None)]
     with pytest.raises(ValueError, match=r"also used in gather, so left alone unless Options\(tied=True\)"):
-        jgptq.quantize(network, params, token_batches(), rules=[("embedding", Options())])
-    packed, report = jgptq.quantize(network, params, token_batches(), rules=rules)
+        quantize(network, params, token_batches(), rules=[("embedding", Options())])
+    packed, report = quantize(network, params, token_batches(), rules=rules)
     assert [row.path for row in report.rows] == ["embedding"]
     # Its first use is the lookup, so the Hessian is that of the float model's last activations, whatever its own codes.
     x = [layer(params["layers"][0], params["embedding"][tokens]) for (tokens,) in token_batches()]
     hessian = jgptq.init_hessian(WIDTH)
     for batch in x:
         hessian = jgptq.update_hessian(hessian, batch)
-    expected, _ = GPTQ().solve(params["embedding"].T, hessian, Grid(bits=8, group_size=16))
+    expected, _ = jgptq.PRESETS["gptq"]["fast"].solve(params["embedding"].T, hessian, Grid(bits=8, group_size=16))
     assert np.mean(np.asarray(packed["embedding"].codes) != np.asarray(expected.codes)) < 0.02
     (tokens,) = token_batches(1, seed=9)[0]
     np.testing.assert_allclose(
@@ -525,7 +531,7 @@ def test_replaced_weights_are_dropped_after_their_last_use():
     executor = Executor(network, random_params(2), token_batches(1))
     held = []
     for step in executor.choose():
-        executor.hessian(step)
+        executor.moments(step)[0]
         held.append(len(executor._quantized))
         for part in step.parts:
             executor.replace(part, executor.leaf(part.leaf, part.index))
@@ -534,4 +540,4 @@ def test_replaced_weights_are_dropped_after_their_last_use():
 
 def test_mappings_of_the_wrong_kind_of_module_arguments_are_refused():
     with pytest.raises(TypeError, match=r"takes \(f, params, batches\), or \(module, batches\)"):
-        jgptq.quantize(network, random_params(1))
+        quantize(network, random_params(1))

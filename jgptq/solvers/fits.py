@@ -45,27 +45,31 @@ def lp(group: Group, grid: Grid | Levels) -> Scales:
 
 
 def in_loop(group: Group, grid: Grid | Levels) -> Scales:
-    """The best of scales up to 30 % around what `jgptq.grid.search` finds, then of neighbouring zeros (or, for a
-    symmetric grid, of the other sign), then of scales close by; each judged by the loss of the group's solve."""
+    """The best of scales up to 30 % around what `jgptq.grid.search` finds, of either sign where the grid is symmetric,
+    then of neighbouring zeros, then of scales close by; each judged by the loss of the group's solve."""
     scale, zero = grids.search(group.compensated(), grid)
-    loss, scale, zero = _best(group, grid, _scaled(scale, zero, COARSE))
-    return refined(group, grid, loss, scale, zero)[1:]
+    return refined(group, grid, *_best(group, grid, _scaled(scale, zero, _signed(COARSE, grid))))[1:]
 
 
 def refined(group: Group, grid: Grid | Levels, loss: Array, scale: Array, zero: Array) -> tuple[Array, Array, Array]:
     """Loss, scale and zero after trying neighbours of a scale and zero of known loss."""
+    known = loss, scale, zero
     if not grid.symmetric:
         zeros = jnp.stack([jnp.clip(zero - 1, 0, grid.max_code), jnp.clip(zero + 1, 0, grid.max_code)])
-        neighbours = jnp.broadcast_to(scale, zeros.shape), zeros
-        loss, scale, zero = _best(group, grid, neighbours, (loss, scale, zero))
-    elif not grid.positive_scales:
-        loss, scale, zero = _best(group, grid, _scaled(-scale, zero, (0.9375, 1.0)), (loss, scale, zero))
-    return _best(group, grid, _scaled(scale, zero, FINE), (loss, scale, zero))
+        known = _best(group, grid, (jnp.broadcast_to(scale[None], zeros.shape), zeros), known)
+    return _best(group, grid, _scaled(*known[1:], _signed(FINE, grid, (-1.0,))), known)
+
+
+def _signed(factors: tuple[float, ...], grid: Grid | Levels, negative: tuple[float, ...] | None = None) -> tuple:
+    """With the grid turned round as well: the level more on the other side lets a range be a sixteenth longer."""
+    if not grid.symmetric or grid.positive_scales:
+        return factors
+    return factors + tuple(-0.9375 * factor for factor in factors) if negative is None else factors + negative
 
 
 def _scaled(scale: Array, zero: Array, factors: tuple[float, ...]) -> tuple[Array, Array]:
-    scales = scale * jnp.array(factors, scale.dtype)[:, None]
-    return scales, jnp.broadcast_to(zero, scales.shape)
+    scales = scale[None] * jnp.array(factors, scale.dtype)[:, None]
+    return scales, jnp.broadcast_to(zero[None], scales.shape)
 
 
 def _best(group: Group, grid: Grid | Levels, candidates: tuple[Array, Array], known: tuple | None = None) -> tuple:

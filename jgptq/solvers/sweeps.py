@@ -32,12 +32,12 @@ class GroupFactors(NamedTuple):
 def group_factors(factored: Factor, group: int) -> GroupFactors:
     def one(start):
         rows = factored.rows(start, group)
-        matrix = jnp.dot(rows * factored.pivots, rows.T, precision=HIGHEST)
+        matrix = jnp.dot(rows * factored.pivots[None, :], rows.T, precision=HIGHEST)
         roots_upper = lax.linalg.cholesky(matrix[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
         roots = jnp.diagonal(roots_upper)
         half = jax.scipy.linalg.solve_triangular(roots_upper, jnp.eye(group, dtype=matrix.dtype))
         inverse = jnp.dot(half.T, half, precision=HIGHEST)
-        return GroupFactors(matrix, inverse, roots_upper / roots, roots * roots)
+        return GroupFactors(matrix, inverse, roots_upper / roots[None, :], roots * roots)
 
     return lax.map(one, jnp.arange(0, factored.pivots.shape[0], group))
 
@@ -68,8 +68,8 @@ def sweep(
         pull = jnp.dot(rows, factored.pivots[:, None] * products, precision=HIGHEST)
         move = jnp.dot(own.inverse, pull, precision=HIGHEST) - e_g
         new = _again(w_g + move, codes_g, scales[g], zeros[g], own, grid, inner_sizes)
-        e_new = w_g - grids.decode(new.codes.astype(w.dtype), new.scales, new.zeros)
-        better = _loss(e_new + move, own) < _loss(e_g + move, own)
+        e_new = w_g - grids.decode(new.codes.astype(w.dtype), new.scales[None], new.zeros[None])
+        better = (_loss(e_new + move, own) < _loss(e_g + move, own))[None]
         e_new = jnp.where(better, e_new, e_g)
         # Uᵀ e, kept up to date rather than computed again.
         products += jnp.dot(rows.T, e_new - e_g, precision=HIGHEST)
@@ -78,8 +78,8 @@ def sweep(
             lax.dynamic_update_slice_in_dim(array, values, g * size, axis=0)
             for array, values in ((codes, codes_g), (errors, e_new))
         )
-        scales = scales.at[g].set(jnp.where(better, new.scales, scales[g]))
-        zeros = zeros.at[g].set(jnp.where(better, new.zeros, zeros[g]))
+        scales = scales.at[g].set(jnp.where(better[0], new.scales, scales[g]))
+        zeros = zeros.at[g].set(jnp.where(better[0], new.zeros, zeros[g]))
         return codes, scales, zeros, errors, products
 
     def product(start):
@@ -112,7 +112,7 @@ def _again(target, codes, scale, zero, own: GroupFactors, grid, sizes) -> _Choic
     fitted = grids.round_scales(refit(target, codes, scale, zero, own.matrix), grid.scale_dtype)
 
     def loss(scale):
-        return _loss(target - grids.decode(codes.astype(target.dtype), scale, zero), own)
+        return _loss(target - grids.decode(codes.astype(target.dtype), scale[None], zero[None]), own)
 
     return _Choice(codes, jnp.where(loss(fitted) < loss(scale), fitted, scale), zero)
 
@@ -127,10 +127,10 @@ def one_by_one(
         codes, q, pulls = state
         code = grids.encode(q[j] + pulls[j] / matrix[j, j], scale, zero, max_code)
         q_j = grids.decode(code, scale, zero)
-        pulls -= matrix[:, j, None] * (q_j - q[j])
+        pulls -= matrix[:, j, None] * (q_j - q[j])[None]
         return codes.at[j].set(code.astype(jnp.uint8)), q.at[j].set(q_j), pulls
 
-    q = grids.decode(codes.astype(target.dtype), scale, zero)
+    q = grids.decode(codes.astype(target.dtype), scale[None], zero[None])
     state = codes, q, jnp.dot(matrix, target - q, precision=HIGHEST)
     return lax.fori_loop(0, target.shape[0], visit, state)[0]
 
@@ -139,7 +139,7 @@ def refit(
     target: Float[Array, "group out"], codes: Array, scale: Array, zero: Array, matrix: Float[Array, "group group"]
 ) -> Float[Array, " out"]:
     """The scale that is best for given codes: with c = codes - zero, sᵒ = cᵀ H t / cᵀ H c."""
-    steps = codes.astype(target.dtype) - zero
+    steps = codes.astype(target.dtype) - zero[None]
     pulled = jnp.dot(matrix, steps, precision=HIGHEST)
     square = jnp.sum(steps * pulled, axis=0)
     best = jnp.sum(pulled * target, axis=0) / jnp.where(square > 0, square, 1.0)

@@ -14,7 +14,7 @@ import jgptq
 from jgptq import GPTQ, Grid, QuantizationWarning
 
 GRID = Grid(bits=3, group_size=16)
-PLAIN = GPTQ(act_order=False, scale_search=False)
+PLAIN = GPTQ(act_order=False, scale_search=None, sweeps=0, targets=None)
 
 
 def bare(name: str) -> Case:

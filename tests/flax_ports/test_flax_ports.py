@@ -22,7 +22,7 @@ if not hasattr(transformers, "FlaxGPT2LMHeadModel"):
 from coverage_table import HEADINGS, ports_section, sections  # noqa: E402
 from ports import PORTS, as_with_their_jax  # noqa: E402
 
-METHODS = (RTN(), GPTQ(act_order=False, scale_search=False))
+METHODS = (RTN(), GPTQ(act_order=False, scale_search=None, sweeps=0, targets=None))
 
 
 def is_packed(leaf):

@@ -226,7 +226,7 @@ def test_narrow_weights_are_solved_in_float32(small, dtype):
 @pytest.mark.parametrize("act_order", [False, "group"])
 def test_weights_that_share_a_factor_are_solved_as_each_alone(small, act_order):
     w, _, hessian = small
-    method = jgptq.GPTQ(act_order=act_order, scale_search=False)
+    method = jgptq.GPTQ(act_order=act_order, scale_search=None, sweeps=0, targets=None)
     prepared = method.prepare(hessian, GRID)
     for weight in (w, 2 * w[::-1]):
         expected = jgptq.gptq(weight, hessian, GRID, act_order=act_order)
@@ -285,7 +285,7 @@ def test_scales_that_float16_cannot_hold_are_counted_and_cured_by_float32(small)
 
 def test_the_method_value_is_the_function(small):
     w, _, hessian = small
-    method = jgptq.GPTQ(act_order=False, damp=0.01, block_size=128, scale_search=False)
+    method = jgptq.GPTQ(act_order=False, damp=0.01, block_size=128, scale_search=None, sweeps=0, targets=None)
     np.testing.assert_array_equal(method.solve(w, hessian, GRID)[0].codes, jgptq.gptq(w, hessian, GRID)[0].codes)
     assert jgptq.METHODS["gptq"].act_order == "group"
 
@@ -295,7 +295,7 @@ def test_the_scale_search_lowers_the_error(small, symmetric):
     w, _, hessian = small
     grid = jgptq.Grid(bits=3, group_size=32, symmetric=symmetric)
     _, plain = jgptq.gptq(w, hessian, grid)
-    weight, searched = jgptq.gptq(w, hessian, grid, scale_search=True)
+    weight, searched = jgptq.gptq(w, hessian, grid, scale_search="lp")
     assert float(searched.relative_error) < float(plain.relative_error)
     error = reference.relative_error(w, raw_dequantize(weight), np.asarray(hessian.mean()))
     assert float(searched.relative_error) == pytest.approx(error, rel=1e-3)
