@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgptq.hessian import HIGHEST, Hessian
+from jgptq.solvers.bias import bias_correction
 from jgptq.solvers.targets import Drift
 from jgptq.tensor import Index
+from jgptq.tracing.bias import find_bias
 from jgptq.tracing.gradients import Loss, normalized
 from jgptq.tracing.graph import Part, Read, Site, Step, leaf_paths, trace
 from jgptq.tracing.products import Dot, Product, empty_hessian
@@ -39,6 +41,7 @@ class Executor:
         keep_outputs: bool = False,
         on_host: bool = False,
         follow_float: bool = False,
+        correct_biases: bool = False,
     ):
         batches = _checked_batches(batches)
         self._leaves = []
@@ -52,6 +55,9 @@ class Executor:
         # Of tokens, by step, and then by the number of the stream and of the product; for each batch.
         self._weights: dict[int, dict[tuple[int, int], list[jax.Array]]] = {}
         self._kept: dict[tuple[int, Index], jax.Array | None] = {}
+        self._correct_biases = correct_biases
+        self._means: list[jax.Array] = []
+        self.biases: dict[tuple[int, Index], jax.Array] = {}
         by_shape: dict[Any, list] = {}
         for batch in batches:
             by_shape.setdefault(_signature(batch), []).append(batch)
@@ -160,6 +166,7 @@ class Executor:
             ]
             residuals = {number: jnp.zeros((layout.in_features, size), jnp.float32) for number, size in writes}
             drift = Drift(jnp.zeros_like(hessian.total), residuals)
+        inputs = [jnp.zeros(layout.in_features)] * 2 if self._correct_biases and hessian.total.ndim == 2 else []
         for place, (stream, own) in enumerate(zip(self._streams, self._steps[id(step)], strict=True)):
             snapshot = stream.snapshot() if any(read.position > own.start for read in own.reads) else None
             order = sorted(range(len(own.reads)), key=lambda number: own.reads[number].position)
@@ -169,11 +176,44 @@ class Executor:
                 stream.advance(read.position)
                 for each, *operands in zip(weights, *map(stream.values, read.activations), strict=True):
                     hessian = _accumulate(hessian, read.product, each, *operands)
+                if inputs:
+                    inputs = self._add_inputs(inputs, stream, read)
                 if drift is not None:
                     drift = self._drift(drift, stream, read, weights, [part.reads[number].added for part in own.parts])
             if snapshot is not None:
                 stream.restore(snapshot)
+        self._means = [total / jnp.maximum(hessian.tokens, 1) for total in inputs]
         return hessian, drift
+
+    def _add_inputs(self, totals: list[jax.Array], stream: Stream, read: Read) -> list[jax.Array]:
+        """Adds one product's inputs, summed over tokens, in both models."""
+        totals = list(totals)
+        float_values = stream.float_values if self._replaced else stream.values
+        for number, values in enumerate((stream.values, float_values)):
+            for x in values(read.activations[0]):
+                totals[number] = _accumulate_inputs(totals[number], read.product, x)
+        return totals
+
+    def correct_bias(self, step: Step, part: Part, quantized: jax.Array) -> None:
+        """Corrects the bias of a part, if it has one, for all equations still to run; to be found in `biases`.
+
+        The step is the one that `moments` was called for last. A weight with several products has no bias.
+        """
+        found = [
+            find_bias(stream.graph, other.reads[0], own.start)
+            for stream, own in zip(self._streams, self._steps[id(step)], strict=True)
+            for other in own.parts
+            if part_key(other) == part_key(part) and len(other.reads) == 1
+        ]
+        bias = found[0] if found else None
+        if bias is None or any(other is None or other[:2] != bias[:2] for other in found):
+            return
+        w = part.layout.to_matrix(self.float_leaf(part.leaf, part.index))
+        change = bias_correction(w, part.layout.to_matrix(quantized), *self._means)
+        values = self.leaf(bias.leaf, bias.index)
+        flat = values.astype(jnp.float32).reshape(-1).at[bias.elements].add(change)
+        self._quantized[bias.leaf, bias.index] = flat.reshape(values.shape).astype(values.dtype)
+        self.biases[bias.leaf, bias.index] = self._quantized[bias.leaf, bias.index]
 
     def weigh(self, loss: Loss) -> dict[tuple[int, Index], float]:
         """Lets each token count in Hessians and drifts by the square of a loss's gradient in the products' results.
@@ -190,7 +230,8 @@ class Executor:
         for number, stream in enumerate(self._streams):
             reads = [read for theirs in self._steps.values() for part in theirs[number].parts for read in part.reads]
             reads = [read for read in reads if read.result is not None]
-            sums = dict(zip(map(id, reads), zip(*stream.squared_gradients(reads, loss), strict=True), strict=True))
+            by_batch = stream.squared_gradients(reads, loss, self._given)
+            sums = dict(zip(map(id, reads), zip(*by_batch, strict=True), strict=True))
             for key, theirs in self._steps.items():
                 step = theirs[number]
                 for part in step.parts:
@@ -261,6 +302,11 @@ def _accumulate_cross(
     total: jax.Array, product: Product, weights: jax.Array | None, operands: tuple, float_operands: tuple
 ) -> jax.Array:
     return total + product.cross(*operands, *float_operands, **_given(weights))
+
+
+@functools.partial(jax.jit, static_argnames="product")
+def _accumulate_inputs(total: jax.Array, product: Product, x: jax.Array) -> jax.Array:
+    return total + jnp.sum(product.rows(x).astype(jnp.float32), axis=0)
 
 
 def _given(weights: jax.Array | None) -> dict[str, jax.Array]:

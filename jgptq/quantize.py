@@ -138,8 +138,11 @@ def quantize(
         raise ValueError(f'offload={offload!r}; give "host", or None to keep activations on the device')
     rules = [(pattern, _completed(options, *default, quality)) for pattern, options in checked_rules(rules or ())]
     methods = [default[1], *(options.method for _, options in rules if options)]
-    follow_float = any(getattr(method, "targets", None) for method in methods)
-    executor = Executor(f, params, batches, on_host=offload == "host", follow_float=follow_float)
+    correct_biases = any(getattr(method, "bias_correction", False) for method in methods)
+    follow_float = correct_biases or any(getattr(method, "targets", None) for method in methods)
+    executor = Executor(
+        f, params, batches, on_host=offload == "host", follow_float=follow_float, correct_biases=correct_biases
+    )
     plan = chosen_sites(executor.sites, *default, rules)
     sites = {site.leaf: site for site in executor.sites if site.leaf in plan}
     executor.check_weights(list(sites.values()))
@@ -154,7 +157,7 @@ def quantize(
     packed: dict[int, dict[Index, QuantizedTensor]] = defaultdict(dict)
     for step in steps:
         todo = [part for part in step.parts if finished is None or names[part_key(part)] not in finished]
-        if todo:
+        if todo or correct_biases:
             hessian, drift = executor.moments(step)
             targets = _all_targets(executor, step, todo, hessian, drift, plan)
             shared = _prepared(hessian, {part.leaf: plan[part.leaf] for part in todo})
@@ -174,7 +177,10 @@ def quantize(
                 row = dataclasses.replace(row, seconds=time.perf_counter() - clock)
                 if finished is not None:
                     finished[name] = weight, row
-            executor.replace(part, _dequantize(weight))
+            values = _dequantize(weight)
+            if getattr(plan[part.leaf][1], "bias_correction", False):
+                executor.correct_bias(step, part, values)
+            executor.replace(part, values)
             if finished is None:
                 packed[part.leaf][part.index] = weight
             rows.append(row)
@@ -186,6 +192,9 @@ def quantize(
     for leaf, site in sites.items():
         parts = packed.pop(leaf, None) or {part.index: finished[names[part_key(part)]][0] for part in site.parts}
         leaves[leaf] = _joined(site, parts)
+    for (leaf, index), values in executor.biases.items():
+        whole = jnp.asarray(leaves[leaf][tuple(map(slice, leaves[leaf].shape))])
+        leaves[leaf] = whole.at[tuple(slice(*bounds) for bounds in index)].set(values)
     report = Report(
         rows=tuple(rows),
         skipped=tuple(

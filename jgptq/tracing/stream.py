@@ -72,10 +72,12 @@ class Stream:
                 self._keep(float_values, part.outputs, results_float, live)
         self.position = position
 
-    def squared_gradients(self, reads: Sequence[Read], loss: Loss) -> Iterator[list[np.ndarray]]:
+    def squared_gradients(
+        self, reads: Sequence[Read], loss: Loss, read_part: Callable[[int, Index], Any]
+    ) -> Iterator[list[np.ndarray]]:
         """For each batch, the squared gradients of a loss in the results of products; before any equation has run."""
         common, squares = squared_gradients(self.graph, reads, loss, self._input_tree)
-        values = [self._common(var, self._read_part) for var in common]
+        values = [self._common(var, read_part) for var in common]
         for batch in self._batch_values:
             yield jax.device_get(squares(values, [batch[var] for var in self.graph.inputs]))
 
