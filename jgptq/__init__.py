@@ -3,6 +3,7 @@
 import importlib.metadata
 
 from jgptq.checkpoints import load, save
+from jgptq.finetune import tune
 from jgptq.generate import generate
 from jgptq.grid import Grid
 from jgptq.hessian import Hessian, init_hessian, merge_hessians, update_hessian
@@ -50,6 +51,7 @@ __all__ = [
     "quantized",
     "rtn",
     "save",
+    "tune",
     "unprepack",
     "update_hessian",
 ]

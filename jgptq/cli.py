@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from rich.console import Console
@@ -33,6 +34,7 @@ from jgptq import calibration, demo, documents
 from jgptq.allocate import GRIDS, allocate, candidates
 from jgptq.chat import ChatTemplate, load_chat_template
 from jgptq.checkpoints import FORMATS, PACKINGS, Journal, fingerprint, load, remove_partial, save, size_and_hash
+from jgptq.finetune import tune
 from jgptq.generate import TextStream, generate
 from jgptq.grid import BITS, Grid
 from jgptq.perplexity import compare, count_scored, next_token_loss, perplexity
@@ -144,6 +146,12 @@ def _parser() -> _Parser:
         default="balanced",
         choices=QUALITIES,
         help="fast: plain GPTQ; balanced (default): more accurate, in up to three times the time; best: slower still",
+    )
+    sub.add_argument(
+        "--tune",
+        action="store_true",
+        help="then train scales and norms towards the float model's distribution; for 3 bits and fewer; needs both "
+        "models in memory",
     )
     sub.add_argument(
         "--format",
@@ -289,6 +297,10 @@ def _quantize(options: argparse.Namespace) -> None:
                 finished=finished,
                 offload=options.offload,
             )
+            if options.tune:
+                progress.update(task, description="tuning")
+                whole, floats = (jax.tree.map(lambda leaf: jnp.asarray(leaf[...]), tree) for tree in (packed, params))
+                packed, tuning = tune(model.apply, floats, whole, batches)
             title = f"{Path(options.model).name}, quantized"
             files = {REPORT_FILE: report_json(report), REPORT_PAGE: report_html(report, title=title)}
             try:
@@ -298,6 +310,8 @@ def _quantize(options: argparse.Namespace) -> None:
                 raise ValueError(f"{error}; {kept}") from error
             finished.remove()
     _console().print(report_table(report))
+    if options.tune:
+        print(f"tuning: KL to the float model {tuning.before:.4f} -> {tuning.after:.4f} on calibration text kept back")
     print(f"{options.out}: {nbytes(params):,} bytes -> {nbytes(packed):,} bytes")
 
 

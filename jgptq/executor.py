@@ -43,7 +43,7 @@ class Executor:
         follow_float: bool = False,
         correct_biases: bool = False,
     ):
-        batches = _checked_batches(batches)
+        batches = checked_batches(batches)
         self._leaves = []
         for path, leaf in leaf_paths(params):
             if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
@@ -329,7 +329,7 @@ def _accumulate_residual(
     return total + jnp.dot(product.rows(x).astype(jnp.float32).T, drift, precision=HIGHEST)
 
 
-def _checked_batches(batches: Any) -> list[tuple]:
+def checked_batches(batches: Any) -> list[tuple]:
     """Each batch as the tuple of the function's inputs."""
     if isinstance(batches, dict | str) or hasattr(batches, "shape") or not isinstance(batches, Iterable):
         raise TypeError(

@@ -99,7 +99,7 @@ def quantize(
     *,
     grid: Grid | None = None,
     method: str | Method = "gptq",
-    quality: Literal["fast", "balanced", "best"] = "balanced",
+    quality: str = "balanced",
     rules: Sequence[Rule] | None = None,
     loss: Loss | None = None,
     progress: Callable[[Row, int, int], None] | None = None,

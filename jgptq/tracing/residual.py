@@ -7,7 +7,7 @@ side of each sum counts if it is known before the product is computed.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
@@ -21,7 +21,7 @@ PASSING = ("convert_element_type", "reshape", "squeeze", "expand_dims", "copy", 
 class Outputs(NamedTuple):
     """How to see a value added to a product's result as (tokens, out).
 
-    steps: from the value back to the result: a permutation of its axes, or a shape. first: whether the outputs come
+    steps: from the value to the result: permutations of its axes, and shapes. first: whether the outputs come
     before the tokens in the result.
     """
 
@@ -81,9 +81,9 @@ class Sums:
             name, before = equation.primitive.name, value.aval.shape
             if name == "add" and equation.invars[0] is not equation.invars[1]:
                 (other,) = (atom for atom in equation.invars if atom is not value)
-                known = isinstance(other, jex.Var) and self._made.get(other, -1) < position
-                if known and other not in self._fixed and other.aval.shape == before:
-                    yield Added(other, Outputs(steps, first, out_features))
+                other, views = self._seen_through(other, position)
+                if other is not None:
+                    yield Added(other, Outputs((*views, *steps), first, out_features))
             elif name == "transpose":
                 permutation = equation.params["permutation"]
                 inverse = tuple(permutation.index(axis) for axis in range(len(permutation)))
@@ -93,3 +93,21 @@ class Sums:
             else:
                 return
             (value,) = equation.outvars
+
+    def _seen_through(self, value: Any, position: int) -> tuple[jex.Var | None, tuple]:
+        """The value known at `position` of which this one is a view, and the view; None if it depends on more."""
+        views: tuple = ()
+        while isinstance(value, jex.Var) and value not in self._fixed:
+            made = self._made.get(value, -1)
+            if made < position:
+                return value, views
+            equation = self.equations[made]
+            name = equation.primitive.name
+            if name == "transpose":
+                views = (("transpose", tuple(equation.params["permutation"])), *views)
+            elif name in PASSING:
+                views = (("reshape", value.aval.shape), *views)
+            else:
+                break
+            value = equation.invars[0]
+        return None, ()
