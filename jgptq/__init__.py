@@ -9,8 +9,8 @@ from jgptq.grid import Grid
 from jgptq.hessian import Hessian, init_hessian, merge_hessians, update_hessian
 from jgptq.kernels.matmul import matmul
 from jgptq.kernels.prepack import prepack, unprepack
-from jgptq.modules import find_weights, quantize, quantized
-from jgptq.perplexity import compare, perplexity
+from jgptq.modules import allocate, find_weights, quantize, quantized
+from jgptq.perplexity import compare, next_token_loss, perplexity
 from jgptq.quantize import Options, QuantizationWarning, Report, Row
 from jgptq.solvers import AWQ, GPTQ, METHODS, OBQ, PRESETS, RTN, Info, Targets, awq_scales, gptq, obq, rtn
 from jgptq.tensor import QuantizedTensor, dequantize
@@ -34,6 +34,7 @@ __all__ = [
     "Row",
     "Targets",
     "__version__",
+    "allocate",
     "awq_scales",
     "compare",
     "dequantize",
@@ -44,6 +45,7 @@ __all__ = [
     "load",
     "matmul",
     "merge_hessians",
+    "next_token_loss",
     "obq",
     "perplexity",
     "prepack",

@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import fnmatch
 import functools
+import glob
 import json
 import math
 import os
@@ -30,12 +31,13 @@ from tokenizers import Tokenizer
 
 import jgptq
 from jgptq import calibration, demo, documents
+from jgptq.allocate import GRIDS, allocate, candidates
 from jgptq.chat import ChatTemplate, load_chat_template
 from jgptq.checkpoints import FORMATS, PACKINGS, Journal, fingerprint, load, remove_partial, save, size_and_hash
 from jgptq.finetune import tune
 from jgptq.generate import TextStream, generate
 from jgptq.grid import BITS, Grid
-from jgptq.perplexity import compare, count_scored, perplexity
+from jgptq.perplexity import compare, count_scored, next_token_loss, perplexity
 from jgptq.quantize import Options, Row, Rule, quantize
 from jgptq.report import nbytes, read_report, report_html, report_json, report_table, weights_table
 from jgptq.solvers import AWQ, METHODS, PRESETS, QUALITIES, Method
@@ -121,10 +123,17 @@ def _parser() -> _Parser:
         action="store_false",
         help="draw each window from a single document, leaving out those too short, rather than from all joined",
     )
-    sub.add_argument("--bits", type=int, default=4, choices=BITS, help="bits a weight (default 4)")
-    sub.add_argument(
-        "--group-size", type=int, default=128, metavar="N", help="inputs that share a scale; -1: all (default 128)"
+    bits = sub.add_mutually_exclusive_group()
+    bits.add_argument("--bits", type=int, choices=BITS, help="bits a weight (default 4)")
+    bits.add_argument(
+        "--average-bits",
+        type=float,
+        metavar="F",
+        help="choose bits for each weight, and a group size of 32, 64 or 128 unless --group-size is given, by what its "
+        "errors add to the loss: F bits a weight on average, with scales and zeros; takes memory for the whole model "
+        "and its gradient at once",
     )
+    sub.add_argument("--group-size", type=int, metavar="N", help="inputs that share a scale; -1: all (default 128)")
     sub.add_argument("--symmetric", action="store_true", help="fix the zero at mid-range rather than fit it")
     sub.add_argument(
         "--method",
@@ -251,11 +260,14 @@ def _quantize(options: argparse.Namespace) -> None:
     _check_writable(options.out)
     if options.seed < 0:
         raise ValueError(f"--seed {options.seed}; give 0 or a positive integer")
-    grid = _grid(options.bits, options.group_size, options.symmetric, "--group-size")
+    group_size = 128 if options.group_size is None else options.group_size
+    grid = _grid(4 if options.bits is None else options.bits, group_size, options.symmetric, "--group-size")
     rules = [_rule(rule, options.symmetric) for rule in options.rules or ()]
     model, params = load(options.model, lazy=True)
     rules += _left_in_float(model)
-    _check_holds(options.format, model, grid, rules)
+    grids = _grids(options) if options.average_bits is not None else []
+    for probe in _probes(model, grids, rules) if grids else [rules]:
+        _check_holds(options.format, model, grid, probe)
     tokenizer = calibration.load_tokenizer(model.source)
     texts = documents.locate(options.calibration)
     window = {
@@ -266,6 +278,9 @@ def _quantize(options: argparse.Namespace) -> None:
     }
     template = _chat_template(options, model)
     batches = calibration.batches(texts, tokenizer, **window, chat_template=template)
+    if grids:
+        rules = _allocated(options, model, params, batches, grids, rules)
+        _check_holds(options.format, model, grid, rules)
     settings = {"grid": grid, "method": _method(options.method, options.quality), "rules": rules}
     directory = options.out.absolute().parent / f".{options.out.name}.jgptq-unfinished"
     with _interruptible() as check, _progress() as progress:
@@ -392,6 +407,42 @@ def _grid(bits: int, group_size: int, symmetric: bool, where: str) -> Grid:
     if group_size != -1 and group_size < 1:
         raise ValueError(f"{where} {group_size}; give a positive number, or -1 for all inputs")
     return Grid(bits=bits, group_size=None if group_size == -1 else group_size, symmetric=symmetric)
+
+
+def _grids(options: argparse.Namespace) -> list[Grid]:
+    """What --average-bits chooses from."""
+    if options.group_size is None:
+        return [dataclasses.replace(grid, symmetric=options.symmetric) for grid in GRIDS]
+    return [_grid(bits, options.group_size, options.symmetric, "--group-size") for bits in BITS]
+
+
+def _probes(model: Any, grids: Sequence[Grid], rules: Sequence[Rule]) -> Iterator[list[Rule]]:
+    """Rules that give each kernel one of the grids after another, and neighbours different ones."""
+    kernels = [(path, leaf) for path, leaf in leaf_paths(model.parameter_shapes) if path.endswith(".kernel")]
+    for shift in range(len(grids)):
+        probe = list(rules)
+        for number, (path, leaf) in enumerate(kernels):
+            allowed = candidates(leaf.shape[-2], grids)
+            grid = grids[allowed[(number + shift) % len(allowed)]]
+            probe.append((glob.escape(path), Options(grid=grid)))
+        yield probe
+
+
+def _allocated(
+    options: argparse.Namespace, model: Any, params: Any, batches: Any, grids: Sequence[Grid], rules: Sequence[Rule]
+) -> list[Rule]:
+    """The rules for --average-bits."""
+    with Console(stderr=True).status("choosing the bits of each weight"):
+        return allocate(
+            model.apply,
+            params,
+            batches,
+            average_bits=options.average_bits,
+            grids=grids,
+            method=options.method,
+            rules=rules,
+            loss=next_token_loss,
+        )
 
 
 def _left_in_float(model: Any) -> list[Rule]:

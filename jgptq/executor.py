@@ -1,6 +1,7 @@
 """All calibration batches at once through a function's equations, stopping at each product with a weight."""
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgptq.hessian import HIGHEST, Hessian
+from jgptq.solvers.bias import bias_correction
 from jgptq.solvers.targets import Drift
 from jgptq.tensor import Index
+from jgptq.tracing.bias import find_bias
 from jgptq.tracing.folding import Fold, Sources
+from jgptq.tracing.gradients import Loss, normalized
 from jgptq.tracing.graph import Part, Read, Site, Step, leaf_paths, trace
 from jgptq.tracing.products import Dot, Product, empty_hessian
 from jgptq.tracing.residual import Added, Outputs
@@ -38,6 +42,7 @@ class Executor:
         keep_outputs: bool = False,
         on_host: bool = False,
         follow_float: bool = False,
+        correct_biases: bool = False,
     ):
         batches = checked_batches(batches)
         self._leaves = []
@@ -48,7 +53,12 @@ class Executor:
         self._quantized: dict[tuple[int, Index], jax.Array] = {}
         self._programs: dict[Program, Program] = {}
         self._follow_float, self._replaced = follow_float, False
+        # Of tokens, by step, and then by the number of the stream and of the product; for each batch.
+        self._weights: dict[int, dict[tuple[int, int], list[jax.Array]]] = {}
         self._kept: dict[tuple[int, Index], jax.Array | None] = {}
+        self._correct_biases = correct_biases
+        self._means: list[jax.Array] = []
+        self.biases: dict[tuple[int, Index], jax.Array] = {}
         by_shape: dict[Any, list] = {}
         for batch in batches:
             by_shape.setdefault(_signature(batch), []).append(batch)
@@ -170,32 +180,101 @@ class Executor:
             ]
             residuals = {number: jnp.zeros((layout.in_features, size), jnp.float32) for number, size in writes}
             drift = Drift(jnp.zeros_like(hessian.total), residuals)
-        for stream, own in zip(self._streams, self._steps[id(step)], strict=True):
+        inputs = [jnp.zeros(layout.in_features)] * 2 if self._correct_biases and hessian.total.ndim == 2 else []
+        for place, (stream, own) in enumerate(zip(self._streams, self._steps[id(step)], strict=True)):
             snapshot = stream.snapshot() if any(read.position > own.start for read in own.reads) else None
             order = sorted(range(len(own.reads)), key=lambda number: own.reads[number].position)
             for number in order:
                 read = own.reads[number]
+                weights = self._weights.get(id(step), {}).get((place, number)) or [None] * stream.batches
                 stream.advance(read.position)
-                for operands in zip(*map(stream.values, read.activations), strict=True):
-                    hessian = _accumulate(hessian, read.product, *operands)
+                for each, *operands in zip(weights, *map(stream.values, read.activations), strict=True):
+                    hessian = _accumulate(hessian, read.product, each, *operands)
+                if inputs:
+                    inputs = self._add_inputs(inputs, stream, read)
                 if drift is not None:
-                    drift = self._drift(drift, stream, read, [part.reads[number].added for part in own.parts])
+                    drift = self._drift(drift, stream, read, weights, [part.reads[number].added for part in own.parts])
             if snapshot is not None:
                 stream.restore(snapshot)
+        self._means = [total / jnp.maximum(hessian.tokens, 1) for total in inputs]
         return hessian, drift
 
-    def _drift(self, drift: Drift, stream: Stream, read: Read, added: Sequence[tuple[Added, ...]]) -> Drift:
+    def _add_inputs(self, totals: list[jax.Array], stream: Stream, read: Read) -> list[jax.Array]:
+        """Adds one product's inputs, summed over tokens, in both models."""
+        totals = list(totals)
+        float_values = stream.float_values if self._replaced else stream.values
+        for number, values in enumerate((stream.values, float_values)):
+            for x in values(read.activations[0]):
+                totals[number] = _accumulate_inputs(totals[number], read.product, x)
+        return totals
+
+    def correct_bias(self, step: Step, part: Part, quantized: jax.Array) -> None:
+        """Corrects the bias of a part, if it has one, for all equations still to run; to be found in `biases`.
+
+        The step is the one that `moments` was called for last. A weight with several products has no bias.
+        """
+        found = [
+            find_bias(stream.graph, other.reads[0], own.start)
+            for stream, own in zip(self._streams, self._steps[id(step)], strict=True)
+            for other in own.parts
+            if part_key(other) == part_key(part) and len(other.reads) == 1
+        ]
+        bias = found[0] if found else None
+        if bias is None or any(other is None or other[:2] != bias[:2] for other in found):
+            return
+        w = part.layout.to_matrix(self.float_leaf(part.leaf, part.index))
+        change = bias_correction(w, part.layout.to_matrix(quantized), *self._means)
+        values = self.leaf(bias.leaf, bias.index)
+        flat = values.astype(jnp.float32).reshape(-1).at[bias.elements].add(change)
+        self._quantized[bias.leaf, bias.index] = flat.reshape(values.shape).astype(values.dtype)
+        self.biases[bias.leaf, bias.index] = self._quantized[bias.leaf, bias.index]
+
+    def weigh(self, loss: Loss) -> dict[tuple[int, Index], float]:
+        """Lets each token count in Hessians and drifts by the square of a loss's gradient in the products' results.
+
+        loss(outputs, inputs): one number for a batch, of the function's outputs and its inputs. To be called when the
+        steps are chosen and none has begun. A token's weight is in proportion to the mean over all outputs of a step,
+        and 1 on average; tokens of batched, grouped and convolution products and inside scans keep the weight 1.
+
+        Returns, by `part_key`, what an error in a part's output costs: the sum over tokens of the mean over outputs of
+        the squared gradient. Parts whose products' results are not to be seen, such as those in scans, are missing.
+        """
+        costs: dict[tuple[int, Index], float] = defaultdict(float)
+        self._weights = {key: {} for key in self._steps}
+        for number, stream in enumerate(self._streams):
+            reads = [read for theirs in self._steps.values() for part in theirs[number].parts for read in part.reads]
+            reads = [read for read in reads if read.result is not None]
+            by_batch = stream.squared_gradients(reads, loss, self._given)
+            sums = dict(zip(map(id, reads), zip(*by_batch, strict=True), strict=True))
+            for key, theirs in self._steps.items():
+                step = theirs[number]
+                for part in step.parts:
+                    found = [sums[id(read)] for read in part.reads if id(read) in sums]
+                    if found:
+                        costs[part_key(part)] += sum(float(np.sum(batch)) for read in found for batch in read) / (
+                            part.layout.out_features
+                        )
+                for place, reads_here in enumerate(zip(*(part.reads for part in step.parts), strict=True)):
+                    if all(id(read) in sums and read.outputs is not None for read in reads_here):
+                        batches = zip(*(sums[id(read)] for read in reads_here), strict=True)
+                        self._weights[key][number, place] = [sum(batch) for batch in batches]
+        self._weights = {key: normalized(weights) for key, weights in self._weights.items()}
+        return costs
+
+    def _drift(
+        self, drift: Drift, stream: Stream, read: Read, weights: Sequence, added: Sequence[tuple[Added, ...]]
+    ) -> Drift:
         """Adds one product's activations. added: for each part, what its product is added to."""
         operands = zip(*map(stream.values, read.activations), strict=True)
         float_operands = zip(*map(stream.float_values, read.activations), strict=True)
-        for batch, (own, theirs) in enumerate(zip(operands, float_operands, strict=True)):
-            inputs = _accumulate_cross(drift.inputs, read.product, own, theirs)
+        for batch, (each, own, theirs) in enumerate(zip(weights, operands, float_operands, strict=True)):
+            inputs = _accumulate_cross(drift.inputs, read.product, each, own, theirs)
             residuals = dict(drift.residuals)
             for number, values in enumerate(added):
                 for value in values:
                     pair = stream.values(value.value)[batch], stream.float_values(value.value)[batch]
                     residuals[number] = _accumulate_residual(
-                        residuals[number], read.product, value.outputs, own[0], *pair
+                        residuals[number], read.product, each, value.outputs, own[0], *pair
                     )
             drift = Drift(inputs, residuals)
         return drift
@@ -228,20 +307,39 @@ def all_finite(leaf: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="product", donate_argnames="hessian")
-def _accumulate(hessian: Hessian, product: Product, *operands: jax.Array) -> Hessian:
-    return product.add(hessian, *operands)
+def _accumulate(hessian: Hessian, product: Product, weights: jax.Array | None, *operands: jax.Array) -> Hessian:
+    return product.add(hessian, *operands, **_given(weights))
 
 
 @functools.partial(jax.jit, static_argnames="product", donate_argnames="total")
-def _accumulate_cross(total: jax.Array, product: Product, operands: tuple, float_operands: tuple) -> jax.Array:
-    return total + product.cross(*operands, *float_operands)
+def _accumulate_cross(
+    total: jax.Array, product: Product, weights: jax.Array | None, operands: tuple, float_operands: tuple
+) -> jax.Array:
+    return total + product.cross(*operands, *float_operands, **_given(weights))
+
+
+@functools.partial(jax.jit, static_argnames="product")
+def _accumulate_inputs(total: jax.Array, product: Product, x: jax.Array) -> jax.Array:
+    return total + jnp.sum(product.rows(x).astype(jnp.float32), axis=0)
+
+
+def _given(weights: jax.Array | None) -> dict[str, jax.Array]:
+    """Only products of tokens with one weight take weights of tokens, and get them."""
+    return {} if weights is None else {"weights": weights}
 
 
 @functools.partial(jax.jit, static_argnames=("product", "outputs"), donate_argnames="total")
 def _accumulate_residual(
-    total: jax.Array, product: Dot, outputs: Outputs, x: jax.Array, value: jax.Array, float_value: jax.Array
+    total: jax.Array,
+    product: Dot,
+    weights: jax.Array | None,
+    outputs: Outputs,
+    x: jax.Array,
+    value: jax.Array,
+    float_value: jax.Array,
 ) -> jax.Array:
     drift = outputs.rows(float_value.astype(jnp.float32) - value.astype(jnp.float32))
+    drift = drift if weights is None else drift * weights[:, None]
     return total + jnp.dot(product.rows(x).astype(jnp.float32).T, drift, precision=HIGHEST)
 
 

@@ -1,4 +1,4 @@
-"""The public `quantize`, `quantized` and `find_weights`: functions of parameters, and Flax NNX modules as they are."""
+"""The public `quantize`, `allocate` and others: functions of parameters, and Flax NNX modules as they are."""
 
 import functools
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jgptq.allocate import allocate as allocate_function
 from jgptq.quantize import quantize as quantize_function
 from jgptq.tracing.apply import quantized as quantized_function
 from jgptq.tracing.graph import find_weights as find_function_weights
@@ -72,6 +73,17 @@ def quantize(f, params, batches=None, **settings):
     model = nnx.clone(f)
     nnx.update(model, nnx.State(packed))
     return model, report
+
+
+@functools.wraps(allocate_function)
+def allocate(f, params, batches=None, **settings):
+    if isinstance(f, nnx.Module):
+        if batches is not None:
+            raise TypeError("an NNX module holds its own parameters; give allocate(module, batches)")
+        return allocate_function(*functional(f), params, **settings)
+    if batches is None:
+        raise TypeError("allocate takes (f, params, batches), or (module, batches) for a Flax NNX module")
+    return allocate_function(f, params, batches, **settings)
 
 
 @functools.wraps(quantized_function)

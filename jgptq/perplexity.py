@@ -74,6 +74,15 @@ def perplexity(
     return _exp(total / scored.sum())
 
 
+def next_token_loss(logits: Float[Array, "*batch length vocabulary"], inputs: tuple) -> Float[Array, ""]:
+    """The loss of a language model on its own input tokens, the first of `inputs`, in nats, summed over tokens.
+
+    What `quantize` and `allocate` take as loss= for a function whose result is logits.
+    """
+    scores = jax.nn.log_softmax(logits[..., :-1, :].astype(jnp.float32))
+    return -jnp.sum(jnp.take_along_axis(scores, inputs[0][..., 1:, None], axis=-1))
+
+
 def count_scored(
     model: Any,
     token_ids: Tokens,

@@ -28,6 +28,7 @@ from jgptq.solvers.method import over_outputs, relative
 from jgptq.solvers.targets import Drift, Targets, corrections, moved
 from jgptq.tensor import Index, QuantizedTensor, dequantize, join
 from jgptq.tracing.folding import Fold, columns, fold_float, fold_packed
+from jgptq.tracing.gradients import Loss
 from jgptq.tracing.graph import Part, Site, Step
 
 
@@ -47,7 +48,7 @@ class Options:
     tied: bool = False
 
     def __post_init__(self):
-        _settings(self.grid or Grid(), self.method or "gptq", "balanced")
+        settings_of(self.grid or Grid(), self.method or "gptq", "balanced")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,7 @@ def quantize(
     method: str | Method = "gptq",
     quality: str = "balanced",
     rules: Sequence[Rule] | None = None,
+    loss: Loss | None = None,
     progress: Callable[[Row, int, int], None] | None = None,
     finished: MutableMapping[str, tuple[QuantizedTensor, Row]] | None = None,
     offload: Literal["host"] | None = None,
@@ -119,6 +121,11 @@ def quantize(
         changed; up to three times the time. "best": more passes over each weight.
     rules: (pattern, options) pairs, the first that matches a weight's path decides: a glob on the path or a predicate
         on the Site; Options, or None to leave the weight as it is.
+    loss: loss(outputs, inputs) of a batch gives one number, such as jgptq.next_token_loss. With it, tokens count by
+        how much the float model's loss minds errors there: H = Σ g x xᵀ, g in proportion to the squared gradient of
+        the loss in the product's result, averaged over outputs. Those of batched, grouped and convolution products and
+        inside scans count alike, as all do without it. Takes memory for the whole model, and its activations on one
+        batch, at once.
     progress: called with each finished row, its number from 1 and the number of rows.
     finished: weights and rows by row path. What it holds is not solved again, and each new weight goes into it at
         once and is not kept otherwise: give a mapping on disk to bound memory, and to go on after an interruption.
@@ -129,17 +136,22 @@ def quantize(
     Warns with QuantizationWarning when a weight came out worse than asked for.
     """
     started = time.perf_counter()
-    default = _settings(Grid() if grid is None else grid, method, quality)
+    default = settings_of(Grid() if grid is None else grid, method, quality)
     if offload not in (None, "host"):
         raise ValueError(f'offload={offload!r}; give "host", or None to keep activations on the device')
-    rules = [(pattern, _completed(options, *default, quality)) for pattern, options in _checked_rules(rules or ())]
+    rules = [(pattern, _completed(options, *default, quality)) for pattern, options in checked_rules(rules or ())]
     methods = [default[1], *(options.method for _, options in rules if options)]
-    follow_float = any(getattr(method, "targets", None) for method in methods)
-    executor = Executor(f, params, batches, on_host=offload == "host", follow_float=follow_float)
-    plan = _plan(executor.sites, *default, rules)
+    correct_biases = any(getattr(method, "bias_correction", False) for method in methods)
+    follow_float = correct_biases or any(getattr(method, "targets", None) for method in methods)
+    executor = Executor(
+        f, params, batches, on_host=offload == "host", follow_float=follow_float, correct_biases=correct_biases
+    )
+    plan = chosen_sites(executor.sites, *default, rules)
     sites = {site.leaf: site for site in executor.sites if site.leaf in plan}
     executor.check_weights(list(sites.values()))
     steps = executor.choose(plan)
+    if loss is not None:
+        executor.weigh(loss)
     names = {part_key(part): sites[part.leaf].name(part) for step in steps for part in step.parts}
     if finished is not None:
         _check_finished(finished, steps, names, sites, plan)
@@ -152,7 +164,7 @@ def quantize(
         done = [part for part in step.parts if finished is not None and names[part_key(part)] in finished]
         todo = [part for part in step.parts if part not in done]
         own = _own_settings(step, plan, several, number in folds)
-        if todo:
+        if todo or correct_biases:
             hessian, drift = executor.moments(step)
             targets = _all_targets(executor, step, todo, hessian, drift, plan)
             known = [finished[names[part_key(part)]][0].input_scales for part in done]
@@ -178,7 +190,10 @@ def quantize(
                 row = dataclasses.replace(row, seconds=time.perf_counter() - clock)
                 if finished is not None:
                     finished[name] = weight, row
-            executor.replace(part, _dequantize(weight))
+            values = _dequantize(weight)
+            if getattr(plan[part.leaf][1], "bias_correction", False):
+                executor.correct_bias(step, part, values)
+            executor.replace(part, values)
             if finished is None:
                 packed[part.leaf][part.index] = weight
             rows.append(row)
@@ -191,6 +206,9 @@ def quantize(
         leaf: packed.pop(leaf, None) or {part.index: finished[names[part_key(part)]][0] for part in site.parts}
         for leaf, site in sites.items()
     }
+    for (leaf, index), values in executor.biases.items():
+        whole = jnp.asarray(leaves[leaf][tuple(map(slice, leaves[leaf].shape))])
+        leaves[leaf] = whole.at[tuple(slice(*bounds) for bounds in index)].set(values)
     _fold(leaves, all_parts, steps, folds)
     for leaf, site in sites.items():
         leaves[leaf] = _joined(site, all_parts.pop(leaf))
@@ -313,7 +331,7 @@ def _input_scales(
             found[method] = method.scales(weights, hessian, grids)
         else:
             matrices = [w.reshape(-1, *w.shape[-2:]) for w in weights]
-            found[method] = _scales_of_batch(matrices, _share(hessian), grids, method)
+            found[method] = _scales_of_batch(matrices, share(hessian), grids, method)
     return found
 
 
@@ -394,7 +412,7 @@ def _all_targets(
         return found
     wanted: dict[Any, Targets | None] = {part_key(part): getattr(plan[part.leaf][1], "targets", None) for part in todo}
     if hessian.total.ndim == 3:
-        hessian, drift = _share(hessian), drift._replace(inputs=_share_sums(hessian, drift.inputs))
+        hessian, drift = share(hessian), drift._replace(inputs=_share_sums(hessian, drift.inputs))
     by_ridge = {ridge: corrections(hessian, drift, ridge) for ridge in {t.ridge for t in wanted.values() if t}}
     for number, part in enumerate(step.parts):
         if targets := wanted.get(part_key(part)):
@@ -419,7 +437,7 @@ def _solve_part(
         error = info.relative_error if same else _rtn_error(w, target, shared, info, grid)
     else:
         matrices, targets = (matrix.reshape(-1, *w.shape[-2:]) for matrix in (w, target))
-        weight, info, error = _solve_batch(matrices, targets, _share(shared), scales, grid, method)
+        weight, info, error = _solve_batch(matrices, targets, share(shared), scales, grid, method)
         weight = jax.tree.map(lambda array: array.reshape(*w.shape[:-2], *array.shape[1:]), weight)
     weight = dataclasses.replace(weight, layout=part.layout, dtype=w.dtype)
     row = _row(site.name(part), part, weight, w, info, error, shared.tokens, grid, method)
@@ -442,7 +460,7 @@ def _solve_batch(
 
 
 @jax.jit
-def _share(hessian: Hessian) -> Hessian:
+def share(hessian: Hessian) -> Hessian:
     """A matrix that saw fewer tokens than it has inputs gets the Hessian of all."""
     tokens = jnp.where(_starved(hessian), jnp.sum(hessian.tokens), hessian.tokens)
     return Hessian(_share_sums(hessian, hessian.total), tokens)
@@ -473,7 +491,9 @@ def _rounding_error(w: jax.Array, target: jax.Array, shared: Any, output: jax.Ar
     return relative(jnp.sum(over_outputs(error, both)), output)
 
 
-def _plan(sites, grid: Grid, method: Method, rules: Sequence[Rule]) -> dict[int, tuple[Grid, Method]]:
+def chosen_sites(
+    sites, grid: Grid | None, method: Method, rules: Sequence[Rule]
+) -> dict[int, tuple[Grid | None, Method]]:
     """Grid and method of each weight to quantize, by the leaf's number: two leaves may read as one path."""
     if not any(site.quantizable or (rules and site.tied) for site in sites):
         reasons = "; ".join(f"{site.path}: {site.reason}" for site in sites[:5]) or "it has no floating-point leaf"
@@ -503,7 +523,7 @@ def _plan(sites, grid: Grid, method: Method, rules: Sequence[Rule]) -> dict[int,
     return plan
 
 
-def _checked_rules(rules: Any) -> list[Rule]:
+def checked_rules(rules: Any) -> list[Rule]:
     if isinstance(rules, str | dict) or not isinstance(rules, Iterable):
         raise TypeError(f"rules={rules!r}; give a sequence of (pattern, options) pairs")
     rules = list(rules)
@@ -521,11 +541,11 @@ def _completed(options: Options | None, grid: Grid, method: Method, quality: str
     """A rule's options with what the call sets in the place of None."""
     if options is None:
         return None
-    grid, method = _settings(options.grid or grid, options.method or method, quality)
+    grid, method = settings_of(options.grid or grid, options.method or method, quality)
     return dataclasses.replace(options, grid=grid, method=method)
 
 
-def _settings(grid: Any, method: Any, quality: Any) -> tuple[Grid, Method]:
+def settings_of(grid: Any, method: Any, quality: Any) -> tuple[Grid, Method]:
     """Grid and Method value, checked."""
     if not isinstance(grid, Grid):
         raise TypeError(f"grid={grid!r}; give a jgptq.Grid, such as Grid(bits=4, group_size=128)")

@@ -100,6 +100,25 @@ def test_rules_are_taken_in_their_order_and_activations_may_wait_on_the_host(hom
     assert (up.bits, up.group_size, up.symmetric) == (4, 16, True)
 
 
+def test_bits_are_chosen_for_an_average(home, capsys):
+    arguments = quantize_arguments(home, home / "mixed", "--average-bits", "4.5", "--rule", "*.0.mlp.*", "4", "-1")
+    assert cli.main([*arguments, "--quality", "fast"]) == 0
+    layers = jgptq.load(home / "mixed")[1]["model"]["layers"]
+    kernels = {(number, name): kernel["kernel"] for number in (0, 1) for name, kernel in linears(layers[number])}
+    assert {kernels[0, name].bits for name in ("gate_proj", "up_proj", "down_proj")} == {4}
+    free = [kernel for (number, name), kernel in kernels.items() if number == 1 or name.endswith("o_proj")]
+    assert len({kernel.bits for kernel in free}) > 1
+    for number in (0, 1):
+        assert len({kernels[number, name].bits for name in ("q_proj", "k_proj", "v_proj")}) == 1
+    bits = sum(8 * (k.codes.nbytes + k.scales.nbytes) + k.zeros.size * k.bits for k in kernels.values())
+    # Last words of 3-bit rows and short groups are filled up.
+    assert bits / sum(k.in_features * k.out_features for k in kernels.values()) <= 4.5 * 1.05
+
+
+def linears(layer):
+    return [*layer["self_attn"].items(), *layer["mlp"].items()]
+
+
 def test_inspect_shows_every_weight_with_bits_bytes_and_error(packed, capsys):
     assert cli.main(["inspect", str(packed)]) == 0
     shown = capsys.readouterr().out
@@ -318,6 +337,18 @@ BAD = {
     "bad group": (
         lambda home: quantize_arguments(home, home / "o", "--group-size", "0"),
         "give a positive number, or -1",
+    ),
+    "bits given twice": (
+        lambda home: quantize_arguments(home, home / "o", "--bits", "4", "--average-bits", "4"),
+        "argument --average-bits: not allowed with argument --bits",
+    ),
+    "bits chosen for a format of one width": (
+        lambda home: quantize_arguments(home, home / "o", "--average-bits", "4", "--format", "awq"),
+        "awq",
+    ),
+    "an average below all choices": (
+        lambda home: quantize_arguments(home, home / "o", "--average-bits", "2"),
+        "average_bits=2.0; with scales and zeros the smallest choice takes 3.1",
     ),
     "too little text": (lambda home: quantize_arguments(home, home / "o", "--samples", "9999"), "at most"),
     "already packed": (

@@ -14,6 +14,7 @@ FLOORS = (
     ("tracing", "models", "chat"),
     ("executor",),
     ("quantize", "checkpoints", "documents"),
+    ("allocate",),
     ("calibration", "generate", "perplexity", "finetune", "modules", "report", "demo_text"),
     ("demo",),
     ("cli",),

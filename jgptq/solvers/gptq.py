@@ -40,6 +40,8 @@ class GPTQ:
 
     targets: what weights are solved towards within a model, where their inputs are not the float model's; None: the
     weights themselves. A solve alone knows of no other model.
+    bias_correction: let the bias that is added to a weight's output, if there is one, make the mean output over
+    calibration that of the float model.
     """
 
     act_order: ActOrder = "group"
@@ -48,6 +50,7 @@ class GPTQ:
     scale_search: ScaleSearch = "in_loop"
     sweeps: int = 2
     targets: Targets | None = dataclasses.field(default_factory=Targets)
+    bias_correction: bool = False
     name: str = dataclasses.field(default="gptq", init=False)
 
     def prepare(self, hessian: Hessian, grid: Grid) -> "Prepared":

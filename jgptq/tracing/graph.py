@@ -15,7 +15,7 @@ from jgptq.tensor import Index, Layout, QuantizedTensor, join_layouts
 from jgptq.tracing.flatten import Flattener, Use
 from jgptq.tracing.jaxprs import Atom
 from jgptq.tracing.products import Product
-from jgptq.tracing.residual import Added, Sums
+from jgptq.tracing.residual import Added, Outputs, Sums, outputs_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Read:
     """One product with a weight: what it reads besides, and the position at which that is known.
 
     added: what the function adds to the product's result, of all that is known at that position: a residual stream.
-    result: the product's, where the weight is the leaf as it is.
+    result: the product's result, where that is one variable; outputs: how to see it as (tokens, out), if it can be.
     """
 
     product: Product
@@ -31,6 +31,7 @@ class Read:
     position: int
     added: tuple[Added, ...] = ()
     result: jex.Var | None = None
+    outputs: Outputs | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -317,11 +318,20 @@ def _reads(group: Sequence[tuple[int, Use]], made: dict[jex.Var, int], sums: Sum
     reads: dict[Any, Read] = {}
     for start, use in sorted(group, key=lambda item: item[0]):
         known = max([start, *(made[atom] + 1 for atom in use.activations if atom in made)])
-        added = ()
+        added, outputs = (), None
         if use.result is not None:
-            added = sums.added(use.result, use.product, use.side, use.layout.out_features, known)
-        read = Read(product=use.product, activations=use.activations, position=known, added=added, result=use.result)
-        reads.setdefault((use.product, use.activations), read)
+            product = use.result, use.product, use.side, use.layout.out_features
+            added, outputs = sums.added(*product, known), outputs_of(*product)
+        read = Read(
+            product=use.product,
+            activations=use.activations,
+            position=known,
+            added=added,
+            result=use.result if use.result in made else None,
+            outputs=outputs,
+        )
+        key = use.product, use.activations
+        reads[key] = dataclasses.replace(reads[key], result=None) if key in reads else read
     return tuple(reads.values())
 
 

@@ -33,8 +33,10 @@ class Dot:
         )
         return Dot(batch=batch, tokens=(0, *tokens), contracted=contracted)
 
-    def add(self, hessian: Hessian, x: jax.Array) -> Hessian:
-        return _add(hessian, self.rows(x))
+    def add(self, hessian: Hessian, x: jax.Array, weights: jax.Array | None = None) -> Hessian:
+        """weights: of the tokens, (tokens,); None: all 1. A token counts as one whatever its weight."""
+        rows = self.rows(x)
+        return _add(hessian, rows if weights is None else rows.astype(jnp.float32) * jnp.sqrt(weights)[:, None])
 
     def rows(self, x: jax.Array) -> jax.Array:
         """x as (tokens, in), or a batch of such matrices."""
@@ -44,8 +46,8 @@ class Dot:
         matrix = x.transpose(*self.batch, *self.tokens, *self.contracted)
         return _floating(matrix.reshape((batch, rows, columns) if self.batch else (rows, columns)))
 
-    def cross(self, x: jax.Array, other: jax.Array) -> jax.Array:
-        return _cross(self.rows(x), self.rows(other))
+    def cross(self, x: jax.Array, other: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+        return _cross(self.rows(x), self.rows(other), weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,9 +240,10 @@ def _add(hessian: Hessian, rows: jax.Array) -> Hessian:
     return Hessian(total, hessian.tokens + live)
 
 
-def _cross(x: jax.Array, other: jax.Array) -> jax.Array:
-    """Σ x (other - x)ᵀ over tokens, of (tokens, in) or of each matrix of a batch."""
+def _cross(x: jax.Array, other: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Σ x (other - x)ᵀ over tokens, of (tokens, in) or of each matrix of a batch; tokens by their weights, if given."""
     drift = other.astype(jnp.float32) - x.astype(jnp.float32)
+    drift = drift if weights is None else drift * weights[:, None]
     return jnp.einsum("...ti,...tj->...ij", x.astype(jnp.float32), drift, precision=HIGHEST)
 
 

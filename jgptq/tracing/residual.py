@@ -35,6 +35,17 @@ class Outputs(NamedTuple):
         return value.reshape(self.out_features, -1).T if self.first else value.reshape(-1, self.out_features)
 
 
+def outputs_of(result: jex.Var, product: Product, side: int, out_features: int) -> Outputs | None:
+    """How to see the result of a product with a weight on `side` as (tokens, out); None if it cannot be."""
+    if not isinstance(product, Dot) or product.batch:
+        return None
+    # The axes of the left operand come first.
+    shape, tokens = result.aval.shape, len(product.tokens)
+    if math.prod(shape[: len(shape) - tokens] if side == 0 else shape[tokens:]) != out_features:
+        return None
+    return Outputs((), side == 0, out_features)
+
+
 class Added(NamedTuple):
     """A value that a function adds to a product's result."""
 
@@ -59,13 +70,8 @@ class Sums:
         self, result: jex.Var, product: Product, side: int, out_features: int, position: int
     ) -> tuple[Added, ...]:
         """What is added to `result`, which has the weight on `side`, and known at `position`."""
-        if not isinstance(product, Dot) or product.batch:
-            return ()
-        # The axes of the left operand come first.
-        shape, tokens = result.aval.shape, len(product.tokens)
-        if math.prod(shape[: len(shape) - tokens] if side == 0 else shape[tokens:]) != out_features:
-            return ()
-        return tuple(self._walk(result, side == 0, out_features, position))
+        outputs = outputs_of(result, product, side, out_features)
+        return tuple(self._walk(result, outputs.first, out_features, position)) if outputs else ()
 
     def _walk(self, result: jex.Var, first: bool, out_features: int, position: int) -> Iterator[Added]:
         steps: tuple = ()

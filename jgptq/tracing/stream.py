@@ -1,6 +1,6 @@
 """Calibration batches on their way through a graph, segment by segment."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgptq.tensor import Index
-from jgptq.tracing.graph import Graph
+from jgptq.tracing.gradients import Loss, squared_gradients
+from jgptq.tracing.graph import Graph, Read
 from jgptq.tracing.segments import run, run_both, segment
 
 
@@ -38,6 +39,8 @@ class Stream:
         self._read_float = read_float
         self._programs = programs
         self._on_host = on_host
+        self.batches = len(batches)
+        self._input_tree = jax.tree.structure(batches[0])
         self._batch_values = [dict(zip(graph.inputs, jax.tree.leaves(batch), strict=True)) for batch in batches]
         self._float_values = [dict(values) for values in self._batch_values] if read_float else []
         self._last_use = dict(graph.last_use)
@@ -68,6 +71,15 @@ class Stream:
                 self._keep(values, part.outputs, results, live)
                 self._keep(float_values, part.outputs, results_float, live)
         self.position = position
+
+    def squared_gradients(
+        self, reads: Sequence[Read], loss: Loss, read_part: Callable[[int, Index], Any]
+    ) -> Iterator[list[np.ndarray]]:
+        """For each batch, the squared gradients of a loss in the results of products; before any equation has run."""
+        common, squares = squared_gradients(self.graph, reads, loss, self._input_tree)
+        values = [self._common(var, read_part) for var in common]
+        for batch in self._batch_values:
+            yield jax.device_get(squares(values, [batch[var] for var in self.graph.inputs]))
 
     def _keep(self, values: dict, outputs: list[jex.Var], results: list[Any], live: set[jex.Var]) -> None:
         values.update(zip(outputs, map(_to_host, results) if self._on_host else results, strict=True))
