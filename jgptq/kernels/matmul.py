@@ -25,23 +25,25 @@ HOPPERS = ("H100", "H200", "H800", "H20", "GH200")
 
 def matmul(
     x: Float[Array, "*batch in"],
-    weight: tensor.QuantizedTensor | Prepacked,
+    weight: tensor.QuantizedTensor | Prepacked | tensor.Element,
     *,
     preferred_element_type: Any = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch out"]:
     """x @ W for a packed W seen as an (in, out) matrix; products are summed in float32.
 
+    weight: an Element is one of a stack, whose codes are read where they are if rows are few.
     preferred_element_type: dtype of the result, as in jnp.matmul; None: x's dtype.
     implementation: one of IMPLEMENTATIONS, which then runs or raises; None chooses by the platform the program is
         lowered for, by the number of rows and by the order of the weight's codes.
     Differentiable with respect to x, in forward and reverse mode. vmap over x alone is a product of more rows.
     """
-    if not isinstance(weight, tensor.QuantizedTensor | Prepacked):
+    form = weight.stack if isinstance(weight, tensor.Element) else weight
+    if not isinstance(form, tensor.QuantizedTensor | Prepacked):
         raise TypeError(f"weight is a {type(weight).__name__}; give a QuantizedTensor, or use x @ weight for an array")
-    if weight.codes.ndim != 2:
+    if form.codes.ndim != 2 + isinstance(weight, tensor.Element):
         raise ValueError(
-            f"weight is a stack or batch of matrices (codes {tuple(weight.codes.shape)}); "
+            f"weight is a stack or batch of matrices (codes {tuple(form.codes.shape)}); "
             "matmul takes one: use jax.vmap over x and weight"
         )
     if x.ndim < 1 or x.shape[-1] != weight.in_features:
@@ -88,6 +90,10 @@ def _run_mapped(
     """The rule of vmap: more rows of one product; else the kernel for one weight after another, or XLA's batch."""
     if not any(jax.tree.leaves(mapped[1])):
         return _product(x, weight, implementation, dtype), True
+    if isinstance(weight, tensor.Element):
+        axes = jax.tree.map(lambda has: 0 if has else None, mapped[1])
+        weight = jax.vmap(tensor.taken, in_axes=(axes,), axis_size=size)(weight)
+        mapped = mapped[0], jax.tree.map(lambda _: True, weight)
     x, weight = jax.tree.map(
         lambda leaf, has: leaf if has else jnp.broadcast_to(leaf[None], (size, *leaf.shape)), (x, weight), tuple(mapped)
     )
@@ -123,11 +129,13 @@ def _xla(x: Array, weight: Any, *, few: bool, dtype: Any) -> Array:
     return (xla.from_codes if few else xla.dequantized)(x, _natural(weight), dtype)
 
 
-def _natural(weight: Any) -> tensor.QuantizedTensor:
+def _natural(weight: Any) -> xla.Weight:
+    if isinstance(weight, tensor.Element) and isinstance(weight.stack, Prepacked):
+        weight = weight.taken()
     return restore(weight) if isinstance(weight, Prepacked) else weight
 
 
-def _hopper(x: Array, weight: Prepacked, *, dtype: Any) -> Array:
+def _hopper(x: Array, weight: Prepacked | tensor.Element, *, dtype: Any) -> Array:
     from jgptq.kernels import hopper  # Mosaic GPU takes a while to import, and most programs never need it
 
     return hopper.matmul(x, weight, dtype)
@@ -135,6 +143,7 @@ def _hopper(x: Array, weight: Prepacked, *, dtype: Any) -> Array:
 
 def _hopper_refusal(x: Array, weight: Any) -> str | None:
     """Why the Hopper kernel cannot serve a product, and the way out; None if it can."""
+    weight = weight.stack if isinstance(weight, tensor.Element) else weight
     if not isinstance(weight, Prepacked):
         return f"the weight is a {type(weight).__name__}; give jgptq.prepack(weight)"
     if x.dtype.name not in HOPPER_DTYPES:

@@ -23,12 +23,13 @@ FEW_CODES = 2**17
 # Codes that one iteration of the loop on a CPU unrolls: its program is compiled in half a second.
 UNROLLED = 32
 
+Weight = tensor.QuantizedTensor | tensor.Element
+
 
 @functools.partial(jax.checkpoint, static_argnums=2)  # the backward pass dequantizes again rather than hold the weight
-def dequantized(
-    x: Float[Array, "*batch in"], weight: tensor.QuantizedTensor, result_dtype: Any
-) -> Float[Array, "*batch out"]:
+def dequantized(x: Float[Array, "*batch in"], weight: Weight, result_dtype: Any) -> Float[Array, "*batch out"]:
     """x @ weight with float32 accumulation, on the dequantized weight."""
+    weight = tensor.taken(weight)
     product = jnp.matmul(
         _in_stored_order(x, weight),
         tensor.stored_matrix(weight, x.dtype),
@@ -38,9 +39,7 @@ def dequantized(
     return product.astype(result_dtype)
 
 
-def from_codes(
-    x: Float[Array, "*batch in"], weight: tensor.QuantizedTensor, result_dtype: Any
-) -> Float[Array, "*batch out"]:
+def from_codes(x: Float[Array, "*batch in"], weight: Weight, result_dtype: Any) -> Float[Array, "*batch out"]:
     """x @ weight with float32 accumulation, on codes; for at most FEW_ROWS rows.
 
     XLA fuses the decoding of codes into a matrix product on GPUs and TPUs, but not on CPUs, where a loop over runs of
@@ -51,13 +50,14 @@ def from_codes(
     return product.astype(result_dtype).reshape(*x.shape[:-1], weight.out_features)
 
 
-def _on_cpu(x: Float[Array, "rows in"], weight: tensor.QuantizedTensor) -> Float[Array, "rows out"]:
+def _on_cpu(x: Float[Array, "rows in"], weight: Weight) -> Float[Array, "rows out"]:
     x = x.astype(_wide(x))  # XLA on CPUs cannot do a batch of bfloat16 products that are summed in float32
-    return _by_group(x, weight) if _run_length(weight) is None else _by_run(x, weight)
+    return _by_group(x, weight) if _run_length(tensor.taken(weight)) is None else _by_run(x, weight)
 
 
-def _by_group(x: Float[Array, "rows in"], weight: tensor.QuantizedTensor) -> Float[Array, "rows out"]:
+def _by_group(x: Float[Array, "rows in"], weight: Weight) -> Float[Array, "rows out"]:
     """Codes are small integers, exact in every floating-point type."""
+    weight = tensor.taken(weight)
     groups, size = weight.scales.shape[0], weight.group_size
     filling = groups * size - weight.in_features
     codes = jnp.pad(tensor.unpack_codes(weight), ((0, filling), (0, 0))).reshape(groups, size, -1).astype(x.dtype)
@@ -66,18 +66,21 @@ def _by_group(x: Float[Array, "rows in"], weight: tensor.QuantizedTensor) -> Flo
     return jnp.sum(_scaled(weight, sums, jnp.sum(x, axis=-1, dtype=_wide(x)).T), axis=0)
 
 
-def _by_run(x: Float[Array, "rows in"], weight: tensor.QuantizedTensor) -> Float[Array, "rows out"]:
+def _by_run(x: Float[Array, "rows in"], weight: Weight) -> Float[Array, "rows out"]:
     """A loop over runs of inputs of one group. Each row has a sum of its own, so that a code is decoded but once."""
+    stack, weight = weight, tensor.taken(weight)
     length = _run_length(weight)
     runs = weight.in_features // length
     x = x.reshape(-1, runs, length)
-    words = weight.codes.reshape(runs, -1, weight.out_features)
+    # The codes of a stack are read where they are: those of one weight, taken out, would be a copy.
+    codes, first = (stack.stack.codes, stack.index * runs) if isinstance(stack, tensor.Element) else (weight.codes, 0)
+    words = codes.reshape(-1, length * weight.bits // 32, weight.out_features)
     totals = jnp.sum(x, axis=-1)
 
     def add(run: Array, sums: tuple) -> tuple:
         products = [jnp.zeros_like(total) for total in sums]
         for k in range(length):
-            code = _code(words[run], k, weight.bits).astype(x.dtype)
+            code = _code(words[first + run], k, weight.bits).astype(x.dtype)
             products = [product + x[row, run, k] * code for row, product in enumerate(products)]
         one = jax.tree.map(lambda values: lax.dynamic_slice_in_dim(values, run * length // weight.group_size, 1), group)
         scaled = [
@@ -112,12 +115,13 @@ def _scaled(weight: tensor.QuantizedTensor, sums: Array, totals: Array) -> Array
     return (sums - totals[:, :, None] * zeros) * weight.scales.astype(sums.dtype)[:, None, :]
 
 
-def _in_stored_order(x: Array, weight: tensor.QuantizedTensor) -> Array:
-    if weight.permutation is None:
+def _in_stored_order(x: Array, weight: Weight) -> Array:
+    order = weight.permutation
+    if order is None:
         return x
     # The barrier keeps XLA from multiplying by a transposed gather, which on CPUs fails for bfloat16 ("Unsupported
     # element type for DotThunk::Execute", jaxlib 0.10.2).
-    return lax.optimization_barrier(jnp.take(x, weight.permutation, axis=-1))
+    return lax.optimization_barrier(jnp.take(x, order, axis=-1))
 
 
 def _wide(x: Array) -> Any:

@@ -4,6 +4,7 @@ The interpreter runs the kernel's own grid, pipeline, indices and sums; what a t
 by test_prepack.py and by benchmarks/gpu.py, on a GPU.
 """
 
+import dataclasses
 import functools
 
 import emulated_mosaic
@@ -50,6 +51,18 @@ def test_values_match_float64(parts, rows):
     # Products are exact and summed in float32: at worst one rounding a term.
     bound = weight.in_features * 2.0**-24 * (abs(exact[0]) @ abs(exact[1]) * 4)
     assert (abs(np.asarray(y) - exact[0] @ exact[1]) <= bound).all()
+
+
+def test_one_of_a_stack_is_read_where_it_is():
+    parts = (4, 256, 10, 32, False, True)
+    stack = jgptq.prepack(make_weight(*parts, batch=(3,)))
+    stack = dataclasses.replace(stack, layout=tensor.Layout.dense(*parts[1:3]))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, parts[1])), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(MESH), interpreter():
+        run = jax.jit(lambda x, w: hopper.matmul(x, w, jnp.float32, operations=emulated_mosaic))
+        for index in range(3):
+            element = tensor.Element(stack=stack, index=jnp.int32(index))
+            np.testing.assert_array_equal(run(x, element), run(x, element.taken()))
 
 
 # bits, inputs, outputs, group size, symmetric, rows, dtype: each form of decoding, of groups and of plans.
@@ -138,6 +151,23 @@ class TestDispatch:
             text = lowered(f, *stack)
             assert kernels(text) == 1
             assert "stablehlo.while" in text
+
+    def test_one_of_a_stack_is_not_sliced(self):
+        """Slices of inputs there are, but none of 32-bit words."""
+        x, weight = shapes(*SMALL)
+        stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), weight)
+
+        def scanned(x, stack):
+            def step(x, index):
+                return x, jgptq.matmul(x, tensor.Element(stack=stack, index=index))
+
+            return jax.lax.scan(step, x, jnp.arange(3))[1]
+
+        text = lowered(scanned, x, stack)
+        assert kernels(text) == 1
+        assert "stablehlo.while" in text
+        used = [line for line in text.splitlines() if "dynamic_slice" in line and "ui32" in line]
+        assert used == [], used
 
     def test_under_derivatives(self):
         x, weight = shapes(*SMALL)
