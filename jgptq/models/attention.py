@@ -42,14 +42,14 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-# The keys and values of every layer, each (batch, capacity, kv_heads, head_dim), in the order the layers run; of layers
-# under a scan, those of the first period, stacked (repeats, batch, capacity, kv_heads, head_dim).
+# The keys and values of every layer, each (batch, kv_heads, capacity, head_dim), as attention multiplies them, in the
+# order the layers run; of layers under a scan, those of the first period, stacked along a first axis.
 Cache = tuple[tuple[Array, Array], ...]
 
 
 def cache_length(cache: Cache) -> int:
     """Tokens that a cache has room for."""
-    return cache[0][0].shape[-3]
+    return cache[0][0].shape[-2]
 
 
 class Positions:
@@ -108,21 +108,22 @@ class Positions:
 
     def remember(
         self, keys: Float[Array, "batch query kv_heads head_dim"], values: Float[Array, "batch query kv_heads head_dim"]
-    ) -> tuple[Float[Array, "batch key kv_heads head_dim"], Float[Array, "batch key kv_heads head_dim"]]:
+    ) -> tuple[Float[Array, "batch kv_heads key head_dim"], Float[Array, "batch kv_heads key head_dim"]]:
         """The next layer's keys and values of all tokens, given those of this pass."""
+        new = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
         if self._old is None:
             if self._capacity is not None:
                 rest = self._capacity - keys.shape[1]
-                self._new.append(tuple(jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))) for x in (keys, values)))
-            return keys, values
+                self._new.append(tuple(jnp.pad(x, ((0, 0), (0, 0), (0, rest), (0, 0))) for x in new))
+            return new
         old, places = self._old[len(self._new)], self.queries[:, 0]
         if self._layer is None:
-            put = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=0))
-            self._new.append(tuple(put(o, n, places) for o, n in zip(old, (keys, values), strict=True)))
+            put = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=1))
+            self._new.append(tuple(put(o, n, places) for o, n in zip(old, new, strict=True)))
             return self._new[-1]
         # The stacks are what the scan carries: written to in place, and read where they are.
-        at = self._layer, jnp.arange(len(places)), places
-        self._new.append(tuple(o.at[at].set(n[:, 0]) for o, n in zip(old, (keys, values), strict=True)))
+        at = self._layer, jnp.arange(len(places)), slice(None), places
+        self._new.append(tuple(o.at[at].set(n[:, :, 0]) for o, n in zip(old, new, strict=True)))
         return tuple(lax.dynamic_index_in_dim(stack, self._layer, keepdims=False) for stack in self._new[-1])
 
     def mask(self, window: int | None) -> Bool[Array, "rows query key"]:
@@ -225,8 +226,8 @@ class Attention(nnx.Module):
     def _mix(
         self,
         queries: Float[Array, "batch query heads head_dim"],
-        keys: Float[Array, "batch key kv_heads head_dim"],
-        values: Float[Array, "batch key kv_heads head_dim"],
+        keys: Float[Array, "batch kv_heads key head_dim"],
+        values: Float[Array, "batch kv_heads key head_dim"],
         positions: Positions,
     ) -> Float[Array, "batch query mixed"]:
         """softmax(scale q·k + what positions add) v, with scores and softmax in float32."""
@@ -234,7 +235,7 @@ class Attention(nnx.Module):
         dtype, group = queries.dtype, self.heads // self.kv_heads
         queries = queries.reshape(batch, count, self.kv_heads, group, self.head_dim)
         scores = self.scale * jnp.einsum(
-            "bqhgd,bkhd->bhgqk", queries, keys, precision=precision(dtype), preferred_element_type=jnp.float32
+            "bqhgd,bhkd->bhgqk", queries, keys, precision=precision(dtype), preferred_element_type=jnp.float32
         )
         if self.soft_cap is not None:
             scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
@@ -242,5 +243,5 @@ class Attention(nnx.Module):
             scores = scores + self.alibi.bias(positions.keys).reshape(1, self.kv_heads, group, 1, -1)
         scores = jnp.where(positions.mask(self.window)[:, None, None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-        mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, values, precision=precision(dtype))
+        mixed = jnp.einsum("bhgqk,bhkd->bqhgd", weights, values, precision=precision(dtype))
         return mixed.reshape(batch, count, self.heads * self.head_dim)

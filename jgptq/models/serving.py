@@ -48,16 +48,16 @@ class Repeated(nnx.Module):
         graph, state = nnx.split(self.layers)
         leaves, tree = jax.tree.flatten(nnx.to_pure_dict(state), is_leaf=_is_packed)
 
-        def step(carry: tuple, index: Int[Array, ""]) -> tuple:
-            x, old = carry
+        def step(carry: tuple, _) -> tuple:
+            index, x, old = carry
             inside = positions.inside(index, old)
             taken = jax.tree.unflatten(tree, [_taken(leaf, index) for leaf in leaves])
             for layer in nnx.merge(graph, taken):
                 x = layer(x, inside)
-            return ((x, None), inside.cache) if old is None else ((x, inside.cache), None)
+            return ((index + 1, x, None), inside.cache) if old is None else ((index + 1, x, inside.cache), None)
 
         old = positions.next_in_cache(len(self.layers))
-        (x, updated), made = lax.scan(step, (x, old), jnp.arange(self.repeats))
+        (_, x, updated), made = lax.scan(step, (jnp.int32(0), x, old), length=self.repeats)
         positions.extend_cache(made if old is None else updated)
         return x
 
