@@ -40,7 +40,7 @@ def matmul(
     """
     form = weight.stack if isinstance(weight, tensor.Element) else weight
     if not isinstance(form, tensor.QuantizedTensor | Prepacked):
-        raise TypeError(f"weight is a {type(weight).__name__}; give a QuantizedTensor, or use x @ weight for an array")
+        raise TypeError(f"weight is a {type(form).__name__}; give a QuantizedTensor, or use x @ weight for an array")
     if form.codes.ndim != 2 + isinstance(weight, tensor.Element):
         raise ValueError(
             f"weight is a stack or batch of matrices (codes {tuple(form.codes.shape)}); "
