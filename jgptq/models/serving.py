@@ -68,9 +68,8 @@ def arrange(module: nnx.Module, *, stack_floats: bool, donate: bool) -> Runs:
     stack_floats: layers with other than packed matrices, too. donate: deletes each array that it made another of.
     """
     layers = list(module.decoder_layers())
-    arrays = jax.tree.leaves(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
-    concrete = [array for array in arrays if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)]
-    if any(len(array.sharding.device_set) > 1 for array in concrete):
+    leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(module, nnx.Param)), is_leaf=_is_packed)
+    if not (stack_floats or any(map(_is_packed, leaves))) or any(map(_is_spread, jax.tree.leaves(leaves))):
         return ((1, 1),) * len(layers)
     for projections in _sharing_inputs(layers):
         _join(projections, donate)
@@ -116,6 +115,8 @@ def runs_of(kinds: Sequence[Hashable]) -> Runs:
 
     A layer that no other follows in this way is a run (1, 1).
     """
+    numbers: dict[Hashable, int] = {}
+    kinds = [numbers.setdefault(kind, len(numbers)) for kind in kinds]  # what stands for a layer is long to compare
     best: list[tuple[int, int, Runs]] = [(0, 0, ())]  # for what begins at the end, at the last layer, and so on
     for start in reversed(range(len(kinds))):
         left = len(kinds) - start
@@ -213,6 +214,12 @@ def _taken(leaf: Any, index: Int[Array, ""]) -> Any:
     """One of a stack: of packed matrices where it is, of anything else as a slice."""
     element = tensor.Element(stack=leaf, index=index)
     return element if _is_packed(leaf) and leaf.codes.ndim == 3 else element.taken()
+
+
+def _is_spread(array: Any) -> bool:
+    """Whether it lies on several devices, which joining and stacking might bring together."""
+    concrete = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+    return concrete and len(array.sharding.device_set) > 1
 
 
 def _is_packed(leaf: Any) -> bool:
