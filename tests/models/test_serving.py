@@ -210,7 +210,7 @@ def test_what_a_scan_would_copy_is_not_stacked():
 
 
 def test_one_layer_is_compiled_and_calls_the_kernel_for_each_product():
-    """q, k and v; o; gate and up; down; and the head. Nothing multiplies a dequantized weight."""
+    """q, k and v; o; gate and up; down; and the head. No weight is dequantized or taken out of its stack."""
     model = language_model()
     params = random_params(model, dtype=jnp.bfloat16)
     arranged = jgptq.prepack(model.arranged(params))
@@ -225,6 +225,7 @@ def test_one_layer_is_compiled_and_calls_the_kernel_for_each_product():
     assert [scan.params["length"] for scan in scans] == [3]
     assert text.count("mosaic_gpu_v2") == 5
     assert text.count("stablehlo.dot_general") == 2  # attention's
+    assert not [line for line in text.splitlines() if "dynamic_slice" in line and "xui32>" in line]
 
 
 def test_generate_arranges_a_deep_model_and_gives_the_same_tokens(monkeypatch):
