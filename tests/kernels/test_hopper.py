@@ -113,6 +113,15 @@ class TestDispatch:
             traced = jax.jit(jgptq.matmul).trace(*shapes(*SMALL))
             assert kernels(traced.lower(lowering_platforms=("cuda",)).as_text()) == 0
 
+    def test_not_where_xla_would_have_to_divide_it(self):
+        """XLA divides no kernel between devices: there it is for what shard_map has divided."""
+        several = jax.sharding.AbstractMesh((2,), ("x",), abstract_device=MESH.abstract_device)
+        one = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=MESH.abstract_device)
+        for mesh, count in ((several, 0), (one, 1)):
+            with jax.sharding.use_abstract_mesh(mesh):
+                traced = jax.jit(jgptq.matmul).trace(*shapes(*SMALL))
+                assert kernels(traced.lower(lowering_platforms=("cuda",)).as_text()) == count
+
     def test_by_rows_and_dtype(self):
         x, weight = shapes(*SMALL)
         many = jax.ShapeDtypeStruct((129, x.shape[1]), x.dtype)
@@ -171,5 +180,5 @@ class TestMessages:
 
     def test_another_dtype(self):
         weight = jgptq.prepack(make_weight(4, 64, 10, 32, False, False))
-        with pytest.raises(ValueError, match=r"x is float32; cast it to one of \('bfloat16', 'float16'\)"):
+        with pytest.raises(ValueError, match="x is float32; cast it to bfloat16 or float16"):
             jgptq.matmul(jnp.ones((3, 64)), weight, implementation="hopper")
