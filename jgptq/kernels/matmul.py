@@ -14,9 +14,10 @@ from jgptq import tensor
 from jgptq.kernels import xla
 from jgptq.kernels.prepack import Prepacked, restore
 
-# xla: dequantize, then the library's product; serves every weight on every platform. xla_codes: sums of inputs times
-# codes, in XLA, for few rows. hopper: the Mosaic GPU kernel, for Prepacked weights. tpu: the Pallas TPU kernel.
-IMPLEMENTATIONS = ("xla", "xla_codes", "hopper", "tpu")
+# xla: dequantize, then the library's product. xla_slabs: one slab of inputs after another, each dequantized for itself.
+# xla_codes: sums of inputs times codes, for few rows. These three serve every weight on every platform.
+# hopper: the Mosaic GPU kernel, for Prepacked weights. tpu: the Pallas TPU kernel.
+IMPLEMENTATIONS = ("xla", "xla_slabs", "xla_codes", "hopper", "tpu")
 
 
 def matmul(
@@ -64,15 +65,14 @@ def _product(x: Array, weight: Any, implementation: str | None, dtype: Any) -> A
 
 @_product.defjvp
 def _product_jvp(implementation: str | None, dtype: Any, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    def dequantized(x, weight):
-        return xla.dequantized(x, _natural(weight), dtype)
-
-    return _product(*primals, implementation, dtype), jax.jvp(dequantized, primals, tangents)[1]
+    by = xla.by_slabs if _by_xla(_size(primals[0].shape[:-1]), primals[1]) != "xla" else xla.dequantized
+    tangent = jax.jvp(lambda x, weight: by(x, _natural(weight), dtype), primals, tangents)[1]
+    return _product(*primals, implementation, dtype), tangent
 
 
 def _run(x: Array, weight: Any, *, implementation: str | None, dtype: Any) -> Array:
-    rows = math.prod(x.shape[:-1])
-    if isinstance(rows, int) and rows == 0:
+    rows = _size(x.shape[:-1])
+    if rows == 0:
         return jnp.zeros((*x.shape[:-1], weight.out_features), dtype)
 
     def by_kernel(run, x, weight):
@@ -90,33 +90,32 @@ def _run_mapped(
     x, weight = jax.tree.map(
         lambda leaf, has: leaf if has else jnp.broadcast_to(leaf[None], (size, *leaf.shape)), (x, weight), tuple(mapped)
     )
-    rows = math.prod(x.shape[1:-1])
-    if isinstance(rows, int) and rows == 0:
+    rows = _size(x.shape[1:-1])
+    if rows == 0:
         return jnp.zeros((*x.shape[:-1], weight.out_features), dtype), True
 
     def by_kernel(run, x, weight):
         return jax.lax.map(lambda both: run(*both, dtype), (x, weight))
 
-    def others(x, weight, few):
-        return jax.vmap(functools.partial(_xla, few=few, dtype=dtype))(x, weight)
+    def others(x, weight, name):
+        return jax.vmap(functools.partial(_xla, name=name, dtype=dtype))(x, weight)
 
     return _choose(x, weight, rows, implementation, by_kernel, others), True
 
 
-def _choose(x: Array, weight: Any, rows: Any, implementation: str | None, by_kernel: Callable, others: Callable) -> Any:
-    """All dispatch: by name, else by the order of codes, the rows (in an exported program perhaps a symbol), and the
-    platform that the program is lowered for."""
+def _choose(
+    x: Array, weight: Any, rows: int | float, implementation: str | None, by_kernel: Callable, others: Callable
+) -> Any:
+    """All dispatch: by name, else by the order of codes, the rows, and the platform that the program is lowered for."""
     if implementation in KERNELS:
         return by_kernel(KERNELS[implementation].run, x, weight)
     if implementation is not None:
-        return others(x, weight, few=implementation == "xla_codes")
-    known = rows if isinstance(rows, int) else math.inf
-    large = weight.in_features * weight.out_features >= xla.FEW_CODES
-    by_xla = functools.partial(others, few=large and known <= xla.FEW_ROWS)
+        return others(x, weight, name=implementation)
+    by_xla = functools.partial(others, name=_by_xla(rows, weight))
     chosen = {
         kernel.platform: functools.partial(by_kernel, kernel.run)
         for kernel in KERNELS.values()
-        if known <= kernel.rows and kernel.refusal(x, weight) is None and _is_for(kernel)
+        if rows <= kernel.rows and kernel.refusal(x, weight) is None and _is_for(kernel)
     }
     if jax.typeof(
         x
@@ -125,8 +124,22 @@ def _choose(x: Array, weight: Any, rows: Any, implementation: str | None, by_ker
     return jax.lax.platform_dependent(x, weight, default=by_xla, **chosen) if chosen else by_xla(x, weight)
 
 
-def _xla(x: Array, weight: Any, *, few: bool, dtype: Any) -> Array:
-    return (xla.from_codes if few else xla.dequantized)(x, _natural(weight), dtype)
+def _size(shape: tuple) -> int | float:
+    """The number of rows; infinity where an exported program has a symbol for it."""
+    rows = math.prod(shape)
+    return rows if isinstance(rows, int) else math.inf
+
+
+def _by_xla(rows: int | float, weight: Any) -> str:
+    """Which of XLA's implementations is chosen."""
+    if weight.in_features * weight.out_features < xla.FEW_CODES or rows > xla.SLAB_ROWS:
+        return "xla"
+    return "xla_codes" if rows <= xla.FEW_ROWS else "xla_slabs"
+
+
+def _xla(x: Array, weight: Any, *, name: str, dtype: Any) -> Array:
+    run = {"xla": xla.dequantized, "xla_slabs": xla.by_slabs, "xla_codes": xla.from_codes}[name]
+    return run(x, _natural(weight), dtype)
 
 
 def _natural(weight: Any) -> tensor.QuantizedTensor:
