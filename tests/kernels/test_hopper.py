@@ -16,6 +16,7 @@ from test_prepack import make_weight
 import jgptq
 from jgptq import tensor
 from jgptq.kernels import hopper
+from jgptq.kernels.grouped import grouped_matmul
 
 MESH = jax.sharding.AbstractMesh(
     (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
@@ -147,6 +148,16 @@ class TestDispatch:
             text = lowered(f, *stack)
             assert kernels(text) == 1
             assert "stablehlo.while" in text
+
+    @pytest.mark.parametrize("rows", [2, 32])
+    def test_experts(self, rows):
+        """One after another, in a loop over their rows."""
+        x, weight = shapes(*SMALL)
+        stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((8, *leaf.shape), leaf.dtype), weight)
+        x, counts = jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype), jax.ShapeDtypeStruct((8,), jnp.int32)
+        text = lowered(grouped_matmul, x, stack, counts)
+        assert kernels(text) == 1
+        assert "stablehlo.while" in text
 
     def test_under_derivatives(self):
         x, weight = shapes(*SMALL)

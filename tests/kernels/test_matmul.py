@@ -80,6 +80,20 @@ def test_a_permuted_weight_in_bfloat16_under_jit():
     assert_product(jax.jit(jgptq.matmul)(x, weight), x, exact_matrix(weight), jnp.bfloat16)
 
 
+@pytest.mark.parametrize("order", [lambda weight: weight, jgptq.prepack], ids=["stored", "prepacked"])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_under_vmap_in_a_choice(bits, order):
+    """vmap of a cond maps constants of its branches too, which a custom_vmap would not take."""
+    weight, x = make_weight(bits, 32, False, True), inputs_of((2, 3, 64), jnp.float32)
+
+    def f(used, x, weight):
+        return jax.lax.cond(used, lambda x: jgptq.matmul(x, weight), lambda x: jnp.zeros((3, 10)), x)
+
+    y = jax.vmap(f, in_axes=(0, 0, None))(jnp.array([True, False]), x, order(weight))
+    assert_product(y[0], x[0], exact_matrix(weight), jnp.float32)
+    assert not y[1].any()
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", [(64,), (0, 64), (1, 64), (2, 0, 64), (2, 1, 5, 64)])
 def test_any_leading_shape(shape, implementation):
