@@ -17,6 +17,7 @@ from test_prepack import make_weight
 import jgptq
 from jgptq import tensor
 from jgptq.kernels import hopper
+from jgptq.kernels.grouped import grouped_matmul
 
 MESH = jax.sharding.AbstractMesh(
     (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
@@ -126,6 +127,15 @@ class TestDispatch:
             traced = jax.jit(jgptq.matmul).trace(*shapes(*SMALL))
             assert kernels(traced.lower(lowering_platforms=("cuda",)).as_text()) == 0
 
+    def test_not_where_xla_would_have_to_divide_it(self):
+        """XLA divides no kernel between devices: there it is for what shard_map has divided."""
+        several = jax.sharding.AbstractMesh((2,), ("x",), abstract_device=MESH.abstract_device)
+        one = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=MESH.abstract_device)
+        for mesh, count in ((several, 0), (one, 1)):
+            with jax.sharding.use_abstract_mesh(mesh):
+                traced = jax.jit(jgptq.matmul).trace(*shapes(*SMALL))
+                assert kernels(traced.lower(lowering_platforms=("cuda",)).as_text()) == count
+
     def test_by_rows_and_dtype(self):
         x, weight = shapes(*SMALL)
         many = jax.ShapeDtypeStruct((129, x.shape[1]), x.dtype)
@@ -169,6 +179,16 @@ class TestDispatch:
         used = [line for line in text.splitlines() if "dynamic_slice" in line and "ui32" in line]
         assert used == [], used
 
+    @pytest.mark.parametrize("rows", [2, 32])
+    def test_experts(self, rows):
+        """One after another, in a loop over their rows."""
+        x, weight = shapes(*SMALL)
+        stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((8, *leaf.shape), leaf.dtype), weight)
+        x, counts = jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype), jax.ShapeDtypeStruct((8,), jnp.int32)
+        text = lowered(grouped_matmul, x, stack, counts)
+        assert kernels(text) == 1
+        assert "stablehlo.while" in text
+
     def test_under_derivatives(self):
         x, weight = shapes(*SMALL)
         for f in (
@@ -201,5 +221,5 @@ class TestMessages:
 
     def test_another_dtype(self):
         weight = jgptq.prepack(make_weight(4, 64, 10, 32, False, False))
-        with pytest.raises(ValueError, match=r"x is float32; cast it to one of \('bfloat16', 'float16'\)"):
+        with pytest.raises(ValueError, match="x is float32; cast it to bfloat16 or float16"):
             jgptq.matmul(jnp.ones((3, 64)), weight, implementation="hopper")
