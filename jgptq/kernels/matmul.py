@@ -137,6 +137,10 @@ def _by_xla(rows: int | float, weight: Any) -> str:
     return "xla_codes" if rows <= xla.FEW_ROWS else "xla_slabs"
 
 
+# What runs is jitted: constants would else be arguments of the custom_vmap around it, and mapped by a cond's vmap.
+
+
+@functools.partial(jax.jit, static_argnames=("name", "dtype"))
 def _xla(x: Array, weight: Any, *, name: str, dtype: Any) -> Array:
     run = {"xla": xla.dequantized, "xla_slabs": xla.by_slabs, "xla_codes": xla.from_codes}[name]
     return run(x, _natural(weight), dtype)
@@ -165,12 +169,14 @@ class Kernel:
 # Pallas takes a while to import, and most programs never need it.
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def _hopper(x: Array, weight: Prepacked, dtype: Any) -> Array:
     from jgptq.kernels import hopper
 
     return hopper.matmul(x, weight, dtype)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def _tpu(x: Array, weight: tensor.QuantizedTensor, dtype: Any) -> Array:
     from jgptq.kernels import tpu
 

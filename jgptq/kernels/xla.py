@@ -5,6 +5,7 @@ by codes, and no program holds the weight in float. For more, a slab of it at a 
 many, the whole weight is.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -102,27 +103,43 @@ def from_codes(
 ) -> Float[Array, "*batch out"]:
     """x @ weight with float32 accumulation, on codes; for at most FEW_ROWS rows.
 
-    XLA fuses the decoding of codes into a matrix product on GPUs and TPUs, but not on CPUs, where a loop over runs of
-    inputs takes its place.
+    GPUs and TPUs take the words of all groups at once, which XLA fuses with their decoding; CPUs, for which it does
+    not, run over the inputs. Weights whose groups are no whole words go slab by slab.
     """
     rows = _in_stored_order(x, weight).reshape(-1, weight.in_features)
-    product = lax.platform_dependent(rows, weight, cpu=_on_cpu, default=_by_group)
+    rows = rows.astype(_wide(x))
+    slabs = functools.partial(by_slabs, result_dtype=rows.dtype)
+    stored = dataclasses.replace(weight, permutation=None)
+    product = lax.platform_dependent(
+        rows,
+        stored,
+        cpu=slabs if _run_length(weight) is None else _by_run,
+        default=slabs if weight.group_size % _period(weight)[0] else _by_word,
+    )
     return product.astype(result_dtype).reshape(*x.shape[:-1], weight.out_features)
 
 
-def _on_cpu(x: Float[Array, "rows in"], weight: tensor.QuantizedTensor) -> Float[Array, "rows out"]:
-    x = x.astype(_wide(x))  # XLA on CPUs cannot do a batch of bfloat16 products that are summed in float32
-    return _by_group(x, weight) if _run_length(weight) is None else _by_run(x, weight)
+def _by_word(x: Float[Array, "rows in"], weight: tensor.QuantizedTensor) -> Float[Array, "rows out"]:
+    """Each word's codes are decoded and multiplied where the word is read: no array of codes is ever formed.
+
+    Of any other form of this sum, matrix products among them, XLA on GPUs writes codes to memory for some widths.
+    """
+    groups, size, (period, span) = weight.scales.shape[0], weight.group_size, _period(weight)
+    words = groups * size // period * span
+    words = jnp.pad(weight.codes, ((0, words - weight.codes.shape[0]), (0, 0)))
+    words = words.reshape(groups, -1, span, weight.out_features)
+    x = jnp.pad(x, ((0, 0), (0, groups * size - weight.in_features))).reshape(-1, groups, size // period, period)
+    parts = [words[:, :, number] for number in range(span)]
+    codes = [_code(parts, k, weight.bits).astype(x.dtype) for k in range(period)]
+    products = [sum(row[:, :, k, None] * code for k, code in enumerate(codes)) for row in x]
+    sums = jnp.stack([jnp.sum(product, axis=1) for product in products], axis=1)
+    return jnp.sum(_scaled(weight, sums, jnp.sum(x, axis=(2, 3)).T), axis=0)
 
 
-def _by_group(x: Float[Array, "rows in"], weight: tensor.QuantizedTensor) -> Float[Array, "rows out"]:
-    """Codes are small integers, exact in every floating-point type."""
-    groups, size = weight.scales.shape[0], weight.group_size
-    filling = groups * size - weight.in_features
-    codes = jnp.pad(tensor.unpack_codes(weight), ((0, filling), (0, 0))).reshape(groups, size, -1).astype(x.dtype)
-    x = jnp.pad(x, ((0, 0), (0, filling))).reshape(-1, groups, size)
-    sums = jnp.einsum("rgk,gko->gro", x, codes, precision=_precision(x), preferred_element_type=_wide(x))
-    return jnp.sum(_scaled(weight, sums, jnp.sum(x, axis=-1, dtype=_wide(x)).T), axis=0)
+def _period(weight: tensor.QuantizedTensor) -> tuple[int, int]:
+    """The fewest codes that fill whole words, and the words."""
+    shared = math.gcd(32, weight.bits)
+    return 32 // shared, weight.bits // shared
 
 
 def _by_run(x: Float[Array, "rows in"], weight: tensor.QuantizedTensor) -> Float[Array, "rows out"]:
@@ -155,8 +172,8 @@ def _run_length(weight: tensor.QuantizedTensor) -> int | None:
     return max(lengths, default=None)
 
 
-def _code(words: Array, k: int, bits: int) -> Array:
-    """Code k along the first axis of packed words, see jgptq.packing."""
+def _code(words: Any, k: int, bits: int) -> Array:
+    """Code k along the first axis of packed words, or of a list of them; see jgptq.packing."""
     word, shift = divmod(k * bits, 32)
     code = words[word] >> shift
     if shift + bits > 32:
