@@ -45,9 +45,7 @@ PRODUCTS = [
 def compiled(product: tuple, device: jax.Device) -> dict:
     inputs, outputs, bits, group_size, symmetric, rows, dtype = product
     grid = jgptq.Grid(bits=bits, group_size=group_size, symmetric=symmetric)
-    weight = jax.eval_shape(
-        lambda: random_packed.weight(jax.random.key(0), inputs, outputs, grid=grid, dtype=dtype),
-    )
+    weight = jax.eval_shape(lambda: random_packed.weight(jax.random.key(0), inputs, outputs, grid=grid, dtype=dtype))
     there = jax.sharding.SingleDeviceSharding(device)
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there),

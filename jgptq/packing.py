@@ -27,8 +27,8 @@ def pack(codes: Integer[Array, "*batch length out"], bits: int) -> UInt32[Array,
     *batch, length, out = codes.shape
     period, period_words = _period(bits)
     blocks = -(-length // period)
-    filling = [(0, 0)] * len(batch) + [(0, blocks * period - length), (0, 0)]
-    padded = jnp.pad(codes.astype(jnp.uint32), filling).reshape(*batch, blocks, period, out)
+    padded = jnp.zeros((*batch, blocks * period, out), jnp.uint32).at[..., :length, :].set(codes.astype(jnp.uint32))
+    padded = padded.reshape(*batch, blocks, period, out)
     words = [jnp.zeros((*batch, blocks, out), jnp.uint32) for _ in range(period_words)]
     for k in range(period):
         word, shift = divmod(k * bits, 32)
@@ -51,16 +51,15 @@ def unpack(words: UInt32[Array, "*batch words out"], bits: int, length: int) -> 
     if blocks * period_words != count:
         words = jnp.concatenate([words, jnp.zeros((*batch, blocks * period_words - count, out), jnp.uint32)], axis=-2)
     words = words.reshape(*batch, blocks, period_words, out)
-    # Computed rather than listed: a program's constants would be arguments of the functions it calls.
-    first = jnp.arange(period) * bits
+    offsets = [divmod(k * bits, 32) for k in range(period)]
     per_code = (1,) * (len(batch) + 1) + (period, 1)
-    shifts = (first % 32).astype(jnp.uint32).reshape(per_code)
+    shifts = jnp.array([shift for _, shift in offsets], jnp.uint32).reshape(per_code)
     # With one word a period the low parts are a broadcast, which XLA fuses into whatever reads the codes.
-    low = words if period_words == 1 else words[..., first // 32, :]
+    low = words if period_words == 1 else words[..., jnp.array([word for word, _ in offsets]), :]
     codes = low >> shifts
     if period_words > 1:
-        straddles = (first % 32 + bits > 32).reshape(per_code)
-        following = jnp.minimum(first // 32 + 1, period_words - 1)
+        straddles = jnp.array([shift + bits > 32 for _, shift in offsets]).reshape(per_code)
+        following = jnp.array([min(word + 1, period_words - 1) for word, _ in offsets])
         codes |= jnp.where(straddles, words[..., following, :] << ((32 - shifts) % 32), jnp.uint32(0))
     codes = codes & jnp.uint32(2**bits - 1)
     return codes.reshape(*batch, blocks * period, out)[..., :length, :]

@@ -290,6 +290,11 @@ def taken(weight: Any) -> Any:
     return weight.taken() if isinstance(weight, Element) else weight
 
 
+def form(weight: Any) -> Any:
+    """What says how a packed weight is stored: its stack, where it is an `Element`."""
+    return weight.stack if isinstance(weight, Element) else weight
+
+
 def side_by_side(weights: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
     """Matrices that multiply the same inputs as one, outputs one after another; None where their forms differ.
 
@@ -298,13 +303,13 @@ def side_by_side(weights: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
     """
     first = weights[0]
 
-    def form(weight: QuantizedTensor) -> tuple:
+    def description(weight: QuantizedTensor) -> tuple:
         arrays = (weight.codes, weight.scales, weight.zeros, weight.permutation)
         kinds = tuple(None if array is None else (array.dtype, array.shape[:-1]) for array in arrays)
         return weight.bits, weight.group_size, weight.dtype, weight.in_features, kinds
 
     dense = all(weight.layout == Layout.dense(weight.in_features, weight.out_features) for weight in weights)
-    if not dense or len({form(weight) for weight in weights}) > 1:
+    if not dense or len({description(weight) for weight in weights}) > 1:
         return None
     if first.permutation is not None and not all(
         np.array_equal(first.permutation, weight.permutation) for weight in weights

@@ -35,7 +35,7 @@ def matmul(
         lowered for, by the number of rows and by the order of the weight's codes.
     Differentiable with respect to x, in forward and reverse mode. vmap over x alone is a product of more rows.
     """
-    form = weight.stack if isinstance(weight, tensor.Element) else weight
+    form = tensor.form(weight)
     if not isinstance(form, tensor.QuantizedTensor | Prepacked):
         raise TypeError(f"weight is a {type(form).__name__}; give a QuantizedTensor, or use x @ weight for an array")
     if form.codes.ndim != 2 + isinstance(weight, tensor.Element):
@@ -143,6 +143,10 @@ def _by_xla(rows: int | float, weight: Any) -> str:
     return "xla_codes" if rows <= xla.FEW_ROWS else "xla_slabs"
 
 
+# What runs is jitted: constants would else be arguments of the custom_vmap around it, and mapped by a cond's vmap.
+
+
+@functools.partial(jax.jit, static_argnames=("name", "dtype"))
 def _xla(x: Array, weight: Any, *, name: str, dtype: Any) -> Array:
     run = {"xla": xla.dequantized, "xla_slabs": xla.by_slabs, "xla_codes": xla.from_codes}[name]
     return run(x, _natural(weight), dtype)
@@ -173,12 +177,14 @@ class Kernel:
 # Pallas takes a while to import, and most programs never need it.
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def _hopper(x: Array, weight: Prepacked | tensor.Element, dtype: Any) -> Array:
     from jgptq.kernels import hopper
 
     return hopper.matmul(x, weight, dtype)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def _tpu(x: Array, weight: tensor.QuantizedTensor | tensor.Element, dtype: Any) -> Array:
     from jgptq.kernels import tpu
 
@@ -186,7 +192,7 @@ def _tpu(x: Array, weight: tensor.QuantizedTensor | tensor.Element, dtype: Any) 
 
 
 def _hopper_refusal(x: Array, weight: Any) -> str | None:
-    weight = weight.stack if isinstance(weight, tensor.Element) else weight
+    weight = tensor.form(weight)
     if not isinstance(weight, Prepacked):
         return f"the weight is a {type(weight).__name__}; give jgptq.prepack(weight)"
     if x.dtype.name not in ("bfloat16", "float16"):
@@ -195,7 +201,7 @@ def _hopper_refusal(x: Array, weight: Any) -> str | None:
 
 
 def _tpu_refusal(x: Array, weight: Any) -> str | None:
-    weight = weight.stack if isinstance(weight, tensor.Element) else weight
+    weight = tensor.form(weight)
     if isinstance(weight, Prepacked):
         return "the weight is Prepacked, for a GPU; give jgptq.unprepack(weight)"
     if x.dtype.name not in ("bfloat16", "float32"):

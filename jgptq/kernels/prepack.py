@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 from jaxtyping import Array, UInt32
 
 from jgptq import packing, tensor
@@ -145,15 +145,14 @@ def prepack_weight(weight: tensor.QuantizedTensor) -> Prepacked:
 
 def restore(weight: Prepacked) -> tensor.QuantizedTensor:
     """The same weight in the checkpoint's order, bit for bit."""
-    codes = _from_words(weight.codes, weight.blocks, weight.stored_bits)
-    codes = _cut(codes, weight.groups * weight.slots, codes.shape[-1])
+    codes = _from_words(weight.codes, weight.blocks, weight.stored_bits)[..., : weight.groups * weight.slots, :]
     *batch, _, outputs = codes.shape
-    codes = _cut(codes.reshape(*batch, weight.groups, weight.slots, outputs), weight.group_size, outputs)
+    codes = codes.reshape(*batch, weight.groups, weight.slots, outputs)[..., : weight.group_size, :]
     codes = codes.reshape(*batch, weight.groups * weight.group_size, outputs)
     fields = vars(weight) | {
-        "codes": packing.pack(_cut(codes, weight.in_features, weight.out_features), weight.bits),
-        "scales": _cut(weight.scales, weight.groups, weight.out_features),
-        "zeros": None if weight.zeros is None else _cut(weight.zeros, weight.groups, weight.out_features),
+        "codes": packing.pack(codes[..., : weight.in_features, : weight.out_features], weight.bits),
+        "scales": weight.scales[..., : weight.groups, : weight.out_features],
+        "zeros": None if weight.zeros is None else weight.zeros[..., : weight.groups, : weight.out_features],
     }
     return tensor.QuantizedTensor(**fields)
 
@@ -172,11 +171,6 @@ def _fill(array: Array, *sizes: int) -> Array:
     kept = array.ndim - len(sizes)
     ends = [(0, size - own) for size, own in zip(sizes, array.shape[kept:], strict=True)]
     return jnp.pad(array, [(0, 0)] * kept + ends)
-
-
-def _cut(array: Array, rows: int, columns: int) -> Array:
-    """The first rows and columns along the last two axes, by an operation that has no constants."""
-    return lax.slice(array, (0,) * array.ndim, (*array.shape[:-2], rows, columns))
 
 
 # Input k = 8 p + 2 c + h of a block (p < 16, c < 4, h < 2) belongs to thread c of the four that share a row, in
@@ -205,8 +199,8 @@ def _from_words(words: Array, blocks: int, bits: int) -> Array:
     return codes.astype(jnp.uint8).reshape(*batch, blocks * BLOCK, outputs)
 
 
-def _shifts(bits: int, ndim: int) -> UInt32[Array, "..."]:
+def _shifts(bits: int, ndim: int) -> np.ndarray:
     """Where in its word a code lies, along the axes pair, thread, half, output, the last of `ndim`."""
-    shape = (1,) * (ndim - 4) + (16 // bits, 1, 2, 1)
-    pair, half = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (ndim - 4, ndim - 2))
-    return bits * pair + 16 * half
+    pair, half = np.arange(16 // bits), np.arange(2)
+    shifts = (bits * pair[:, None] + 16 * half).astype(np.uint32)
+    return shifts.reshape((1,) * (ndim - 4) + (16 // bits, 1, 2, 1))

@@ -5,6 +5,7 @@ by codes, and no program holds the weight in float. For more, a slab of it at a 
 many, the whole weight is.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -50,9 +51,12 @@ def by_slabs(x: Float[Array, "*batch in"], weight: Weight, result_dtype: Any) ->
 
     So is its derivative's transpose, which gives one slab of x's cotangent after another.
     """
-    weight = tensor.taken(weight)  # a copy of packed codes, little beside a product of more than FEW_ROWS
     rows = _in_stored_order(x, weight).reshape(-1, weight.in_features)
-    length = _slab_length(weight)
+    return _by_slab(rows, weight).astype(result_dtype).reshape(*x.shape[:-1], weight.out_features)
+
+
+def _by_slab(rows: Float[Array, "rows in"], weight: Weight) -> Float[Array, "rows out"]:
+    length = _slab_length(tensor.form(weight))
     count = weight.in_features // length
     whole = rows[:, : count * length].reshape(-1, count, length).swapaxes(0, 1)
 
@@ -61,12 +65,12 @@ def by_slabs(x: Float[Array, "*batch in"], weight: Weight, result_dtype: Any) ->
         x, number = step
         return sums + dequantized(x, _slab(weight, number * length, length), sums.dtype), None
 
-    first = jnp.zeros((rows.shape[0], weight.out_features), _wide(x))
-    product, _ = lax.scan(add, first, (whole, jnp.arange(count)))
+    product = jnp.zeros((rows.shape[0], weight.out_features), _wide(rows))
+    product, _ = lax.scan(add, product, (whole, jnp.arange(count)))
     if count * length < weight.in_features:
         rest = _slab(weight, count * length, weight.in_features - count * length)
         product = product + dequantized(rows[:, count * length :], rest, product.dtype)
-    return product.astype(result_dtype).reshape(*x.shape[:-1], weight.out_features)
+    return product
 
 
 def _slab_length(weight: tensor.QuantizedTensor) -> int:
@@ -77,51 +81,68 @@ def _slab_length(weight: tensor.QuantizedTensor) -> int:
     return max((n for n in lengths if n * SLABS <= inputs), default=min(lengths, default=inputs))
 
 
-def _slab(weight: tensor.QuantizedTensor, start: Any, length: int) -> tensor.QuantizedTensor:
-    """`length` inputs from `start` on, in stored order; without the permutation."""
-    size = weight.group_size if weight.scales.shape[-2] > 1 else weight.in_features
+def _slab(weight: Weight, start: Any, length: int) -> tensor.QuantizedTensor:
+    """`length` inputs from `start` on, in stored order; without the permutation. A stack is read where it is."""
+    form = tensor.form(weight)
+    size = form.group_size if form.scales.shape[-2] > 1 else form.in_features
     groups = -(-length // size)
 
     def rows(array: Array, first: Any, count: int) -> Array:
-        return lax.dynamic_slice_in_dim(array, first, count, axis=-2)
+        if not isinstance(weight, tensor.Element):
+            return lax.dynamic_slice_in_dim(array, first, count)
+        return lax.dynamic_slice(array, (weight.index, first, 0), (1, count, form.out_features))[0]
 
     return tensor.QuantizedTensor(
-        codes=rows(weight.codes, start * weight.bits // 32, -(-length * weight.bits // 32)),
-        scales=rows(weight.scales, start // size, groups),
-        zeros=None if weight.zeros is None else rows(weight.zeros, start // size, groups),
+        codes=rows(form.codes, start * form.bits // 32, -(-length * form.bits // 32)),
+        scales=rows(form.scales, start // size, groups),
+        zeros=None if form.zeros is None else rows(form.zeros, start // size, groups),
         permutation=None,
-        bits=weight.bits,
+        bits=form.bits,
         group_size=min(size, length),
-        dtype=weight.dtype,
-        layout=tensor.Layout.dense(length, weight.out_features),
+        dtype=form.dtype,
+        layout=tensor.Layout.dense(length, form.out_features),
     )
 
 
 def from_codes(x: Float[Array, "*batch in"], weight: Weight, result_dtype: Any) -> Float[Array, "*batch out"]:
     """x @ weight with float32 accumulation, on codes; for at most FEW_ROWS rows.
 
-    XLA fuses the decoding of codes into a matrix product on GPUs and TPUs, but not on CPUs, where a loop over runs of
-    inputs takes its place.
+    GPUs and TPUs take the words of all groups at once, which XLA fuses with their decoding; CPUs, for which it does
+    not, run over the inputs. Weights whose groups are no whole words go slab by slab.
     """
     rows = _in_stored_order(x, weight).reshape(-1, weight.in_features)
-    product = lax.platform_dependent(rows, weight, cpu=_on_cpu, default=_by_group)
+    form = tensor.form(weight)
+    product = lax.platform_dependent(
+        rows.astype(_wide(x)),
+        weight,
+        cpu=_by_slab if _run_length(form) is None else _by_run,
+        default=_by_slab if form.group_size % _period(form)[0] else _by_word,
+    )
     return product.astype(result_dtype).reshape(*x.shape[:-1], weight.out_features)
 
 
-def _on_cpu(x: Float[Array, "rows in"], weight: Weight) -> Float[Array, "rows out"]:
-    x = x.astype(_wide(x))  # XLA on CPUs cannot do a batch of bfloat16 products that are summed in float32
-    return _by_group(x, weight) if _run_length(tensor.taken(weight)) is None else _by_run(x, weight)
+def _by_word(x: Float[Array, "rows in"], weight: Weight) -> Float[Array, "rows out"]:
+    """Each word's codes are decoded and multiplied where the word is read: no array of codes is ever formed.
 
-
-def _by_group(x: Float[Array, "rows in"], weight: Weight) -> Float[Array, "rows out"]:
-    """Codes are small integers, exact in every floating-point type."""
+    Of any other form of this sum, matrix products among them, XLA on GPUs writes codes to memory for some widths.
+    """
     weight = tensor.taken(weight)
-    groups, size = weight.scales.shape[0], weight.group_size
-    filling = groups * size - weight.in_features
-    codes = jnp.pad(tensor.unpack_codes(weight), ((0, filling), (0, 0))).reshape(groups, size, -1).astype(x.dtype)
-    x = jnp.pad(x, ((0, 0), (0, filling))).reshape(-1, groups, size)
-    sums = jnp.einsum("rgk,gko->gro", x, codes, precision=_precision(x), preferred_element_type=_wide(x))
-    return jnp.sum(_scaled(weight, sums, jnp.sum(x, axis=-1, dtype=_wide(x)).T), axis=0)
+    groups, size, (period, span) = weight.scales.shape[0], weight.group_size, _period(weight)
+    words = groups * size // period * span
+    words = jnp.pad(weight.codes, ((0, words - weight.codes.shape[0]), (0, 0)))
+    words = words.reshape(groups, -1, span, weight.out_features)
+    x = jnp.pad(x, ((0, 0), (0, groups * size - weight.in_features))).reshape(-1, groups, size // period, period)
+    parts = [words[:, :, number] for number in range(span)]
+    codes = [_code(parts, k, weight.bits).astype(x.dtype) for k in range(period)]
+    products = [sum(row[:, :, k, None] * code for k, code in enumerate(codes)) for row in x]
+    sums = jnp.stack([jnp.sum(product, axis=1) for product in products], axis=1)
+    return jnp.sum(_scaled(weight, sums, jnp.sum(x, axis=(2, 3)).T), axis=0)
+
+
+def _period(weight: tensor.QuantizedTensor) -> tuple[int, int]:
+    """The fewest codes that fill whole words, and the words."""
+    shared = math.gcd(32, weight.bits)
+    return 32 // shared, weight.bits // shared
 
 
 def _by_run(x: Float[Array, "rows in"], weight: Weight) -> Float[Array, "rows out"]:
@@ -157,8 +178,8 @@ def _run_length(weight: tensor.QuantizedTensor) -> int | None:
     return max(lengths, default=None)
 
 
-def _code(words: Array, k: int, bits: int) -> Array:
-    """Code k along the first axis of packed words, see jgptq.packing."""
+def _code(words: Any, k: int, bits: int) -> Array:
+    """Code k along the first axis of packed words, or of a list of them; see jgptq.packing."""
     word, shift = divmod(k * bits, 32)
     code = words[word] >> shift
     if shift + bits > 32:

@@ -121,11 +121,18 @@ class TestDispatch:
         assert kernels(lowered(jgptq.matmul, *shapes(*SMALL), platform="cpu")) == 0
         assert kernels(lowered(jgptq.matmul, *shapes(*SMALL), platform="tpu")) == 0
 
-    def test_not_for_another_gpu(self):
+    @pytest.mark.parametrize("rows", [1, 4])
+    @pytest.mark.parametrize("prepacked", [True, False])
+    def test_another_gpu_multiplies_codes(self, rows, prepacked):
+        """And asks for no matrix product, whose operand would be the weight, written out. benchmarks/sass.py has the
+        memory that this takes on an A100."""
+        x, weight = shapes(4, 512, 256, 32, False, rows, jnp.bfloat16)
+        weight = weight if prepacked else jax.eval_shape(jgptq.unprepack, weight)
         ampere = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=108, platform="gpu")
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=ampere)):
-            traced = jax.jit(jgptq.matmul).trace(*shapes(*SMALL))
-            assert kernels(traced.lower(lowering_platforms=("cuda",)).as_text()) == 0
+            text = jax.jit(jgptq.matmul).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+        assert kernels(text) == 0
+        assert "dot_general" not in text
 
     def test_not_where_xla_would_have_to_divide_it(self):
         """XLA divides no kernel between devices: there it is for what shard_map has divided."""

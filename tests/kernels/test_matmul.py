@@ -157,6 +157,19 @@ def test_what_takes_memory_of_the_weights_size():
     assert forced.memory_analysis().temp_size_in_bytes >= 512 * 1024 * 4
 
 
+@pytest.mark.parametrize(
+    ("bits", "inputs", "group_size", "symmetric"),
+    [(2, 100, 32, False), (3, 150, 64, True), (4, 72, 24, False), (4, 40, None, True), (8, 30, 4, False)],
+)
+def test_words_as_gpus_take_them(bits, inputs, group_size, symmetric):
+    """CPUs, on which all this runs, take them in another way."""
+    weight, x = make_weight(bits, group_size, symmetric, False, inputs=inputs), inputs_of((3, inputs), jnp.float32)
+    w = np.asarray(weight.dequantize()).astype(np.float64)
+    most = np.abs(np.asarray(weight.scales)).max() * 2.0 ** (bits + 1)  # of a code and its zero: they are summed apart
+    error = np.abs(np.asarray(xla._by_word(x, weight)) - np.asarray(x).astype(np.float64) @ w)
+    assert (error <= np.abs(np.asarray(x)).sum(axis=1, keepdims=True) * most * inputs * 2.0**-24).all()
+
+
 # bits, inputs, group size: a last slab that is short, slabs in a group, groups in a slab, one group, no slab.
 @pytest.mark.parametrize(
     ("bits", "inputs", "group_size", "length"),
