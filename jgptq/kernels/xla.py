@@ -5,7 +5,6 @@ by codes, and no program holds the weight in float. For more, a slab of it at a 
 many, the whole weight is.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
