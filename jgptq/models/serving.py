@@ -5,8 +5,9 @@ A scan over stacks compiles one layer whatever the depth. Packed kernels are rea
 makes a float32 model decode four times slower, so by default layers with float matrices or with experts stay apart.
 """
 
+import collections
 import dataclasses
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -65,21 +66,30 @@ class Repeated(nnx.Module):
 def arrange(module: nnx.Module, *, stack_floats: bool, donate: bool) -> Runs:
     """Joins and stacks what the module holds, leaf by leaf, and says how. Leaves on several devices stay as they are.
 
-    stack_floats: layers with other than packed matrices, too. donate: deletes each array that it made another of.
+    stack_floats: layers with other than packed matrices, too. donate: deletes each array that it made another of,
+    but those that stand in several places, as the order of inputs may.
     """
     layers = list(module.decoder_layers())
     leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(module, nnx.Param)), is_leaf=_is_packed)
-    if not (stack_floats or any(map(_is_packed, leaves))) or any(map(_is_spread, jax.tree.leaves(leaves))):
+    arrays = jax.tree.leaves(leaves)
+    if not (stack_floats or any(map(_is_packed, leaves))) or any(map(_is_spread, arrays)):
         return ((1, 1),) * len(layers)
+    places = collections.Counter(map(id, arrays))
+    shared = [array for array in arrays if places[id(array)] > 1]
+
+    def release(old: Any, new: Any) -> None:
+        if donate:
+            _delete(old, keep=(new, shared))
+
     for projections in _sharing_inputs(layers):
-        _join(projections, donate)
+        _join(projections, release)
     runs = runs_of([_kind(layer, stack_floats) for layer in layers])
     group(module, runs)
     start = 0
     for period, repeats in runs:
         stop = start + period * repeats
         for first in range(start, start + period) if repeats > 1 else ():
-            _stack(layers[first:stop:period], donate)
+            _stack(layers[first:stop:period], release)
         start = stop
     return runs
 
@@ -154,7 +164,7 @@ def _sharing_inputs(layers: Sequence[nnx.Module]) -> Iterator[list[nnx.Module]]:
                 yield [getattr(module, name) for name in names]
 
 
-def _join(projections: Sequence[nnx.Module], donate: bool) -> None:
+def _join(projections: Sequence[nnx.Module], release: Callable[[Any, Any], None]) -> None:
     kernels = [projection.kernel.get_value() for projection in projections]
     kinds = {type(kernel) for kernel in kernels}
     if kinds == {tensor.QuantizedTensor}:
@@ -170,8 +180,7 @@ def _join(projections: Sequence[nnx.Module], donate: bool) -> None:
     projections[0].kernel.set_value(Joined(weight=joined, widths=widths))
     for projection in projections[1:]:
         projection.kernel.set_value(None)
-    if donate:
-        _delete(kernels, keep=joined)
+    release(kernels, joined)
 
 
 def _part(projections: Sequence[nnx.Module]) -> None:
@@ -188,13 +197,12 @@ def _part(projections: Sequence[nnx.Module]) -> None:
         start += width
 
 
-def _stack(layers: Sequence[nnx.Module], donate: bool) -> None:
+def _stack(layers: Sequence[nnx.Module], release: Callable[[Any, Any], None]) -> None:
     """Puts stacks of the parameters of equal layers into the first of them, leaf by leaf."""
 
     def stacked(*arrays: Array) -> Array:
         stack = jnp.stack(arrays)
-        if donate:
-            _delete(arrays, keep=stack)
+        release(arrays, stack)
         return stack
 
     states = [nnx.to_pure_dict(nnx.state(layer, nnx.Param)) for layer in layers]

@@ -185,7 +185,7 @@ def test_float_layers_in_runs_of_other_models(model_type):
     model = language_model(model_type, **OTHERS[model_type])
     params = random_params(model, grid_of=lambda path: None)
     arranged = model.arranged(params, stack_floats=True)
-    assert arranged.runs == ((1, 3),) if model_type == "bloom" else ((2, 2),)
+    assert arranged.runs == (((1, 3),) if model_type == "bloom" else ((2, 2),))
     assert_same(model.plain(arranged), params)
     tokens = np.random.default_rng(1).integers(0, 40, (2, 7))
     expected = np.asarray(jax.jit(model.apply)(params, tokens))
@@ -255,6 +255,21 @@ def test_donated_arrays_are_gone_once_they_are_stacked():
     assert_same(model.arranged(params, donate=True), expected)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params["model"]["layers"]))
     assert not params["model"]["embed_tokens"]["embedding"].is_deleted()
+
+
+def test_arrays_in_several_places_are_not_donated():
+    """An order of inputs may be that of projections which are not joined, and is stacked once for each of them."""
+    model = language_model()
+
+    def params():
+        params = random_params(model, permuted=True)
+        for layer in params["model"]["layers"].values():
+            order = layer["self_attn"]["q_proj"]["kernel"].permutation
+            for part, name in (("self_attn", "k_proj"), ("self_attn", "v_proj"), ("mlp", "gate_proj")):
+                layer[part][name]["kernel"] = dataclasses.replace(layer[part][name]["kernel"], permutation=order)
+        return params
+
+    assert_same(model.arranged(params(), donate=True), model.arranged(params()))
 
 
 def test_saved_as_it_was(tmp_path):
