@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jgptq.kernels.matmul import matmul
 from jgptq.kernels.prepack import Prepacked
-from jgptq.tensor import Layout, QuantizedTensor
+from jgptq.tensor import Element, Layout, QuantizedTensor
 
 MOST_ROWS = 512  # of a tile: decoding a matrix takes a tenth of its product's time
 
@@ -46,20 +46,19 @@ def grouped_matmul(
             f"give x as (rows, {weight.in_features})"
         )
     dtype = jnp.dtype(preferred_element_type or x.dtype)
-    if not isinstance(x.shape[0], int):
-        raise ValueError("the number of rows is a symbol; use jax.lax.ragged_dot on weight.dequantize()")
+    matrices = dataclasses.replace(weight, layout=Layout.dense(weight.in_features, weight.out_features))
+    if not isinstance(x.shape[0], int):  # a symbol, in a program to be exported, which may stand for many rows
+        return lax.ragged_dot(x, matrices.dequantize().astype(x.dtype), counts, preferred_element_type=dtype)
     if x.shape[0] == 0:
         return jnp.zeros((0, weight.out_features), dtype)
     tiles = _tiles(counts, x.shape[0])
-    matrices = dataclasses.replace(weight, layout=Layout.dense(weight.in_features, weight.out_features))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # else the backward pass is given a matrix for each tile
     def multiply(_: None, tile: tuple[Array, Array, Array]) -> tuple[None, Array]:
         x, group, used = tile
 
         def product(x: Array) -> Array:
-            matrix = jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, group, keepdims=False), matrices)
-            return matmul(x, matrix, preferred_element_type=dtype)
+            return matmul(x, Element(stack=matrices, index=group), preferred_element_type=dtype)
 
         if x.shape[0] == 1:  # all tiles are used; and a GPU would wait for the choice
             return None, product(x)

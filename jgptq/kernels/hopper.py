@@ -87,7 +87,7 @@ def _chunk(x: Array, weight: Prepacked, index: Array | None, operations: Any) ->
     padded = jnp.pad(spread(x, weight), ((0, plan.tokens - x.shape[0]), (0, 0)))
     arrays = [array for array in (weight.codes, weight.scales, weight.zeros) if array is not None]
     rows = [array.reshape(-1, array.shape[-1]) for array in arrays]  # of a stack, one weight's after another's
-    number = [] if index is None else [index.astype(jnp.int32).reshape(1)]
+    number = [] if index is None else [jnp.asarray(index, jnp.int32).reshape(1)]
     partial = _kernel(plan, weight, x.dtype, operations, stacked=index is not None)(*number, padded, *rows)
     return jnp.sum(partial, axis=0)[: weight.out_features, : x.shape[0]].T
 

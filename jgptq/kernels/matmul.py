@@ -123,10 +123,8 @@ def _choose(
         for kernel in KERNELS.values()
         if rows <= kernel.rows and kernel.refusal(x, weight) is None and _is_for(kernel)
     }
-    if jax.typeof(
-        x
-    ).manual_axis_type.varying:  # a shard_map that wants to know so of the result, which kernels do not say
-        chosen = {}
+    if jax.typeof(x).manual_axis_type.varying:
+        chosen = {}  # this shard_map wants to be told along which axes results vary, and kernels do not say
     return jax.lax.platform_dependent(x, weight, default=by_xla, **chosen) if chosen else by_xla(x, weight)
 
 

@@ -279,7 +279,6 @@ def _grouped(equation: jex.JaxprEqn, operands: list[Any]) -> list[jax.Array] | N
         and not any(batch)
         and equation.params["group_offset"] is None
         and x.ndim == 1 + len(contracted[0])
-        and isinstance(x.shape[numbers.lhs_ragged_dimensions[0]], int)
         and views.layout(own.view, groups, tuple(contracted[1]), free).roles() == own.weight.layout.roles()
         and own.weight.codes.ndim == 3
     )

@@ -1,6 +1,7 @@
 """grouped_matmul: each row times its own group's matrix, in float64; what it leaves alone; memory; derivatives."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -118,6 +119,14 @@ def test_no_more_than_a_matrix_is_in_float(rows, derivative):
 
     memory = jax.jit(f).lower(x, weight, counts).compile().memory_analysis().temp_size_in_bytes
     assert memory < 512 * 512 * 4 + 12 * rows * 512 * 4
+
+
+def test_a_program_for_any_number_of_rows():
+    (rows,) = jax.export.symbolic_shape("rows")
+    weight, counts = stack(), jnp.asarray((3, 0, 4), jnp.int32)
+    shapes = jax.ShapeDtypeStruct((rows, 64), jnp.float32), weight, counts
+    x = inputs(8, 64)
+    assert_grouped(jax.export.export(jax.jit(grouped_matmul))(*shapes).call(x, weight, counts), x, weight, (3, 0, 4))
 
 
 def test_quantized_serves_ragged_dot():
