@@ -198,14 +198,17 @@ def race(shape: tuple[int, int], rows: tuple[int, ...], names: list, options: An
 
 
 def decoding(options: Any, batches: tuple[int, ...]) -> list[dict]:
-    """Tokens a second of a Llama of random weights, packed and in bfloat16, one model on the device at a time."""
-    model = decode.llama(*options.model, heads=options.heads, vocab=options.vocab)
+    """Tokens a second of a Llama of random weights, packed and in bfloat16, one model on the device at a time.
+
+    The packed one is arranged for decoding; in bfloat16 that would copy each layer's weights for every token.
+    """
+    model = decode.llama(*options.model, heads=options.heads, kv_heads=options.heads // 4, vocab=options.vocab)
     rows = [{"batch": batch} for batch in batches]
     grid = jgptq.Grid(bits=4, group_size=options.group, symmetric=True)
     for name, chosen in (("bfloat16", None), ("packed", grid)):
         params = random_packed.parameters(jax.random.key(0), model.parameter_shapes, grid=chosen, dtype=jnp.bfloat16)
         if chosen is not None:
-            params = jgptq.prepack(params)
+            params = jgptq.prepack(model.arranged(params, donate=True))
         for row in rows:
             advance, facts = decode.decoder(model, params, row["batch"])
             advance(2)
@@ -228,7 +231,7 @@ def parsed() -> Any:
     options = parser.parse_args()
     full = {"loops": 20, "repeats": 5, "weights": 16, "group": 128, "tokens": 64, "vocab": 128256, "heads": 32}
     tiny = {"loops": 1, "repeats": 1, "weights": 2, "group": 32, "tokens": 2, "vocab": 64, "heads": 4}
-    vars(options).update(tiny if options.tiny else full, model=(64, 96, 1) if options.tiny else (4096, 14336, 32))
+    vars(options).update(tiny if options.tiny else full, model=(64, 96, 2) if options.tiny else (4096, 14336, 32))
     return options
 
 

@@ -575,6 +575,7 @@ def _versions() -> dict[str, str]:
 
 def _generate(options: argparse.Namespace) -> None:
     model, params = load(options.model)
+    params = model.arranged(params, donate=True)
     tokenizer = calibration.load_tokenizer(model.source)
     text = _prompt(options.prompt)
     if options.chat:

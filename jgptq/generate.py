@@ -18,8 +18,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jgptq.models.attention import cache_length
+from jgptq.models.language_model import LanguageModel
+
 BUCKET = 64  # prompts and caches have lengths that are multiples of this, so that similar ones share a program
 BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a token that stands for one byte of a character
+# Layers up to which each may as well be compiled for itself; beyond, packed ones are first copied to stacks.
+SHALLOW = 8
 CHUNK = 32  # tokens between two looks at whether all sequences have ended
 
 
@@ -64,6 +69,9 @@ def generate(
     top_k: draw from the k most likely tokens only. top_p: draw from the fewest most likely tokens that together
         have at least this probability [Holtzman et al. 2020], after temperature and top_k.
     on_token: called with the new token of each sequence as soon as it is known, -1 where the sequence has ended.
+
+    A model of many packed layers is brought to the order of `LanguageModel.arranged` at each call, beside the one
+    given; params that are in it already spare that copy.
     """
     prompts, single = _checked_prompts(model, prompt_ids, max_new_tokens)
     _check_sampling(temperature, top_k, top_p, key)
@@ -79,6 +87,8 @@ def generate(
     filled = np.zeros((len(prompts), _bucket(max(lengths), context)), np.int32)
     for row, prompt in zip(filled, prompts, strict=True):
         row[: len(prompt)] = prompt
+    if isinstance(model, LanguageModel) and model.depth > SHALLOW:
+        params = model.arranged(params)
     columns: list[np.ndarray] = []
     if max_new_tokens:
         capacity = _bucket(max(lengths) + max_new_tokens, context)
@@ -170,7 +180,7 @@ def _continue(
     def step(state: _State, _) -> tuple[_State, Int[Array, " batch"]]:
         def live(state: _State) -> tuple[_State, Int[Array, " batch"]]:
             # The last places of a chunk may lie beyond the cache; what is drawn there is dropped.
-            capacity = state.cache[0][0].shape[1]
+            capacity = cache_length(state.cache)
             places = jnp.minimum(state.positions, capacity - 1)
             logits, cache = model.step(params, state.tokens, places, state.cache)
             tokens = jnp.where(state.ended, state.tokens, _draw(logits, state.positions + 1, sampling))

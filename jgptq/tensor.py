@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -255,6 +256,96 @@ def matrix(weight: QuantizedTensor, dtype: Any = jnp.float32) -> Float[Array, "*
 def dequantize(weight: QuantizedTensor) -> Array:
     """The logical array a QuantizedTensor stands for, in its own shape and dtype."""
     return weight.dequantize()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Element:
+    """One packed weight of a stack, which stays where it is: what a scan over layers multiplies by.
+
+    stack: a QuantizedTensor, or another packed form, with one axis in front of its layout's own; index: int32 ().
+    A product by few rows reads its codes in the stack; a slice of them, as scan takes it, would be a copy.
+    """
+
+    stack: Any
+    index: Any
+
+    @property
+    def in_features(self) -> int:
+        return self.stack.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.stack.out_features
+
+    @property
+    def permutation(self) -> Array | None:
+        return self._of(self.stack.permutation)
+
+    @property
+    def input_scales(self) -> Array | None:
+        return self._of(self.stack.input_scales)
+
+    def taken(self) -> Any:
+        """The weight by itself."""
+        return self._of(self.stack)
+
+    def _of(self, arrays: Any) -> Any:
+        return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, self.index, keepdims=False), arrays)
+
+
+def taken(weight: Any) -> Any:
+    """A packed weight by itself, where it may be an `Element`."""
+    return weight.taken() if isinstance(weight, Element) else weight
+
+
+def without_input_scales(weight: Any) -> Any:
+    """A packed weight for inputs that are divided by its scales already."""
+    if isinstance(weight, Element):
+        return Element(stack=without_input_scales(weight.stack), index=weight.index)
+    return dataclasses.replace(weight, input_scales=None)
+
+
+def form(weight: Any) -> Any:
+    """What says how a packed weight is stored: its stack, where it is an `Element`."""
+    return weight.stack if isinstance(weight, Element) else weight
+
+
+def side_by_side(weights: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
+    """Matrices that multiply the same inputs as one, outputs one after another; None where their forms differ.
+
+    Bits, group size, dtypes, symmetry, the order of inputs and their scales must be the same, and for the last two that
+    takes a look at values. `take_outputs` cuts them apart again, bit for bit.
+    """
+    first = weights[0]
+
+    def description(weight: QuantizedTensor) -> tuple:
+        arrays = (weight.codes, weight.scales, weight.zeros, weight.permutation, weight.input_scales)
+        kinds = tuple(None if array is None else (array.dtype, array.shape[:-1]) for array in arrays)
+        return weight.bits, weight.group_size, weight.dtype, weight.in_features, kinds
+
+    dense = all(weight.layout == Layout.dense(weight.in_features, weight.out_features) for weight in weights)
+    if not dense or len({description(weight) for weight in weights}) > 1:
+        return None
+    for name in ("permutation", "input_scales"):
+        values = [getattr(weight, name) for weight in weights]
+        if values[0] is not None and not all(np.array_equal(values[0], other) for other in values):
+            return None
+    arrays = {
+        name: None if getattr(first, name) is None else jnp.concatenate([getattr(w, name) for w in weights], axis=-1)
+        for name in ("codes", "scales", "zeros")
+    }
+    layout = Layout.dense(first.in_features, sum(weight.out_features for weight in weights))
+    return dataclasses.replace(first, layout=layout, **arrays)
+
+
+def take_outputs(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+    """Outputs start .. stop - 1 of a matrix, or of each of a stack, still packed."""
+    arrays = {
+        name: None if getattr(weight, name) is None else getattr(weight, name)[..., start:stop]
+        for name in ("codes", "scales", "zeros")
+    }
+    return dataclasses.replace(weight, layout=Layout.dense(weight.in_features, stop - start), **arrays)
 
 
 # A part of an array: start and stop along each axis.

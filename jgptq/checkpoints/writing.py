@@ -27,6 +27,7 @@ from jgptq.checkpoints.formats import FORMATS, PACKINGS
 from jgptq.checkpoints.layout import ExpectedTensor, Format, dotted, leaves_by_path
 from jgptq.kernels.prepack import unprepack
 from jgptq.models import LanguageModel
+from jgptq.models.serving import Arranged
 from jgptq.tensor import Layout, QuantizedTensor
 
 # Of a source's config.json: how it was packed and in what dtype, and what names code that is not copied.
@@ -48,7 +49,7 @@ COPIED = (
 def save(
     path: str | Path,
     model: LanguageModel,
-    params: Mapping,
+    params: Mapping | Arranged,
     *,
     format: str = "gptq",
     tokenizer_from: str | Path | None = None,
@@ -77,7 +78,7 @@ def save(
         raise FileNotFoundError(f"tokenizer_from={str(tokenizer_from)!r} is not a directory")
     if format == "gguf" and extra_files:
         raise ValueError(f"extra_files has {sorted(extra_files)}, but a GGUF file holds none; write them yourself")
-    params = unprepack(params)
+    params = unprepack(model.plain(params))
     _check(model, params, kernels_only=format != "orbax")
     tokenizer = tokenizer_from or model.source
     with _appearing(path) as partial:

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from jgptq import tensor
 from jgptq.kernels import mosaic
 from jgptq.kernels.prepack import BLOCK, TILE, Prepacked, spread
 
@@ -62,38 +63,44 @@ class Plan:
 
 
 def matmul(
-    x: Float[Array, "*batch in"], weight: Prepacked, result_dtype: Any, *, operations: Any = mosaic
+    x: Float[Array, "*batch in"], weight: Prepacked | tensor.Element, result_dtype: Any, *, operations: Any = mosaic
 ) -> Float[Array, "*batch out"]:
     """x @ weight with float32 accumulation. operations: the file `mosaic`, or another of what it defines."""
     lead = x.shape[:-1]
     x = x.reshape(-1, weight.in_features)
-    if weight.permutation is not None:
-        x = jnp.take(x, weight.permutation, axis=-1)
-    rows = x.shape[0]
+    order = weight.permutation
+    if order is not None:
+        x = jnp.take(x, order, axis=-1)
+    rows, index = x.shape[0], None
+    if isinstance(weight, tensor.Element):
+        index, weight = weight.index, weight.stack
     # With 8 bits and several groups a block, the sums of 128 tokens spill from the registers (benchmarks/sass.py).
     most = MAX_TOKENS // 2 if weight.stored_bits == 8 and weight.slots < BLOCK else MAX_TOKENS
-    chunks = [_chunk(x[start : start + most], weight, operations) for start in range(0, rows, most)]
+    chunks = [_chunk(x[start : start + most], weight, index, operations) for start in range(0, rows, most)]
     product = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks)
     return product.astype(result_dtype).reshape(*lead, weight.out_features)
 
 
-def _chunk(x: Array, weight: Prepacked, operations: Any) -> Float[Array, "rows out"]:
+def _chunk(x: Array, weight: Prepacked, index: Array | None, operations: Any) -> Float[Array, "rows out"]:
+    """index: which of a stack of weights it is that x is multiplied by; None: weight is no stack."""
     plan = Plan.of(x.shape[0], weight)
     padded = jnp.pad(spread(x, weight), ((0, plan.tokens - x.shape[0]), (0, 0)))
-    partial = _kernel(plan, weight, x.dtype, operations)(
-        *(array for array in (padded, weight.codes, weight.scales, weight.zeros) if array is not None)
-    )
+    arrays = [array for array in (weight.codes, weight.scales, weight.zeros) if array is not None]
+    rows = [array.reshape(-1, array.shape[-1]) for array in arrays]  # of a stack, one weight's after another's
+    number = [] if index is None else [jnp.asarray(index, jnp.int32).reshape(1)]
+    partial = _kernel(plan, weight, x.dtype, operations, stacked=index is not None)(*number, padded, *rows)
     return jnp.sum(partial, axis=0)[: weight.out_features, : x.shape[0]].T
 
 
-def _kernel(plan: Plan, weight: Prepacked, dtype: Any, operations: Any) -> Any:
-    """(inputs, codes, scales[, zeros]) -> float32 (split, outputs, tokens)."""
+def _kernel(plan: Plan, weight: Prepacked, dtype: Any, operations: Any, *, stacked: bool) -> Any:
+    """([number in the stack,] inputs, codes, scales[, zeros]) -> float32 (split, outputs, tokens)."""
     bits, size = weight.stored_bits, min(weight.slots, BLOCK)
     parts, steps, tile = BLOCK // size, weight.blocks // plan.split, WARPGROUPS * plan.outputs
     midpoint = 2 ** (weight.bits - 1)
 
     def kernel(*references):
         *operands, result = references
+        number = operands.pop(0)[0] if stacked else 0
         warpgroup, column, share = (lax.axis_index(name) for name in ("warpgroup", "outputs", "split"))
         own = pl.ds(warpgroup * plan.outputs, plan.outputs)
 
@@ -116,7 +123,7 @@ def _kernel(plan: Plan, weight: Prepacked, dtype: Any, operations: Any) -> Any:
         first = share * steps
 
         def by_group(k):
-            return (first + k) // max(weight.slots // BLOCK, 1), column
+            return number * (weight.rows // parts) + (first + k) // max(weight.slots // BLOCK, 1), column
 
         per_group = plgpu.BlockSpec((parts, tile), by_group, memory_space=plgpu.SMEM)
         pipeline = plgpu.emit_pipeline_warp_specialized(
@@ -126,7 +133,7 @@ def _kernel(plan: Plan, weight: Prepacked, dtype: Any, operations: Any) -> Any:
                 _swizzled((plan.tokens, BLOCK), lambda k: (0, first + k), bits=16, columns=size),
                 _swizzled(
                     (tile, 4 * bits),
-                    lambda k: ((first + k) * (weight.outputs // tile) + column, 0),
+                    lambda k: ((number * weight.blocks + first + k) * (weight.outputs // tile) + column, 0),
                     bits=32,
                     columns=4 * bits,
                 ),

@@ -14,35 +14,33 @@ from jgptq import tensor
 from jgptq.kernels import xla
 from jgptq.kernels.prepack import Prepacked, restore
 
-# xla: dequantize, then the library's product; serves every weight on every platform. xla_codes: sums of inputs times
-# codes, in XLA, for few rows. hopper: the Mosaic GPU kernel, for Prepacked weights.
-IMPLEMENTATIONS = ("xla", "xla_codes", "hopper")
-# What the Hopper kernel takes. From about 128 rows on an H200's tensor cores are the limit, by its data sheet, and the
-# library's product is as good; not yet timed.
-HOPPER_ROWS = 128
-HOPPER_DTYPES = ("bfloat16", "float16")
-HOPPERS = ("H100", "H200", "H800", "H20", "GH200")
+# xla: dequantize, then the library's product. xla_slabs: one slab of inputs after another, each dequantized for itself.
+# xla_codes: sums of inputs times codes, for few rows. These three serve every weight on every platform.
+# hopper: the Mosaic GPU kernel, for Prepacked weights. tpu: the Pallas TPU kernel.
+IMPLEMENTATIONS = ("xla", "xla_slabs", "xla_codes", "hopper", "tpu")
 
 
 def matmul(
     x: Float[Array, "*batch in"],
-    weight: tensor.QuantizedTensor | Prepacked,
+    weight: tensor.QuantizedTensor | Prepacked | tensor.Element,
     *,
     preferred_element_type: Any = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch out"]:
     """x @ W for a packed W seen as an (in, out) matrix; products are summed in float32.
 
+    weight: an Element is one of a stack, whose codes are read where they are if rows are few.
     preferred_element_type: dtype of the result, as in jnp.matmul; None: x's dtype.
     implementation: one of IMPLEMENTATIONS, which then runs or raises; None chooses by the platform the program is
         lowered for, by the number of rows and by the order of the weight's codes.
     Differentiable with respect to x, in forward and reverse mode. vmap over x alone is a product of more rows.
     """
-    if not isinstance(weight, tensor.QuantizedTensor | Prepacked):
-        raise TypeError(f"weight is a {type(weight).__name__}; give a QuantizedTensor, or use x @ weight for an array")
-    if weight.codes.ndim != 2:
+    form = tensor.form(weight)
+    if not isinstance(form, tensor.QuantizedTensor | Prepacked):
+        raise TypeError(f"weight is a {type(form).__name__}; give a QuantizedTensor, or use x @ weight for an array")
+    if form.codes.ndim != 2 + isinstance(weight, tensor.Element):
         raise ValueError(
-            f"weight is a stack or batch of matrices (codes {tuple(weight.codes.shape)}); "
+            f"weight is a stack or batch of matrices (codes {tuple(form.codes.shape)}); "
             "matmul takes one: use jax.vmap over x and weight"
         )
     if x.ndim < 1 or x.shape[-1] != weight.in_features:
@@ -56,9 +54,9 @@ def matmul(
         raise ValueError(f"implementation={implementation!r}; choose one of {IMPLEMENTATIONS}, or None")
     if weight.input_scales is not None:
         x = (x / jnp.expand_dims(weight.input_scales, tuple(range(x.ndim - 1)))).astype(x.dtype)
-        weight = dataclasses.replace(weight, input_scales=None)
-    if implementation == "hopper" and (reason := _hopper_refusal(x, weight)):
-        raise ValueError(f'implementation="hopper" cannot serve this product: {reason}')
+        weight = tensor.without_input_scales(weight)
+    if implementation in KERNELS and (reason := KERNELS[implementation].refusal(x, weight)):
+        raise ValueError(f'implementation="{implementation}" cannot serve this product: {reason}')
     return _product(x, weight, implementation, jnp.dtype(preferred_element_type or x.dtype))
 
 
@@ -72,18 +70,20 @@ def _product(x: Array, weight: Any, implementation: str | None, dtype: Any) -> A
 
 @_product.defjvp
 def _product_jvp(implementation: str | None, dtype: Any, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    def dequantized(x, weight):
-        return xla.dequantized(x, _natural(weight), dtype)
-
-    return _product(*primals, implementation, dtype), jax.jvp(dequantized, primals, tangents)[1]
+    by = xla.by_slabs if _by_xla(_size(primals[0].shape[:-1]), primals[1]) != "xla" else xla.dequantized
+    tangent = jax.jvp(lambda x, weight: by(x, _natural(weight), dtype), primals, tangents)[1]
+    return _product(*primals, implementation, dtype), tangent
 
 
 def _run(x: Array, weight: Any, *, implementation: str | None, dtype: Any) -> Array:
-    rows = math.prod(x.shape[:-1])
-    if isinstance(rows, int) and rows == 0:
+    rows = _size(x.shape[:-1])
+    if rows == 0:
         return jnp.zeros((*x.shape[:-1], weight.out_features), dtype)
-    kernel, others = (functools.partial(f, dtype=dtype) for f in (_hopper, _xla))
-    return _choose(x, weight, rows, implementation, kernel, others)
+
+    def by_kernel(run, x, weight):
+        return run(x, weight, dtype)
+
+    return _choose(x, weight, rows, implementation, by_kernel, functools.partial(_xla, dtype=dtype))
 
 
 def _run_mapped(
@@ -92,72 +92,167 @@ def _run_mapped(
     """The rule of vmap: more rows of one product; else the kernel for one weight after another, or XLA's batch."""
     if not any(jax.tree.leaves(mapped[1])):
         return _product(x, weight, implementation, dtype), True
+    if isinstance(weight, tensor.Element):
+        axes = jax.tree.map(lambda has: 0 if has else None, mapped[1])
+        weight = jax.vmap(tensor.taken, in_axes=(axes,), axis_size=size)(weight)
+        mapped = mapped[0], jax.tree.map(lambda _: True, weight)
     x, weight = jax.tree.map(
         lambda leaf, has: leaf if has else jnp.broadcast_to(leaf[None], (size, *leaf.shape)), (x, weight), tuple(mapped)
     )
-    rows = math.prod(x.shape[1:-1])
-    if isinstance(rows, int) and rows == 0:
+    rows = _size(x.shape[1:-1])
+    if rows == 0:
         return jnp.zeros((*x.shape[:-1], weight.out_features), dtype), True
 
-    def kernel(x, weight):
-        return jax.lax.map(lambda both: _hopper(*both, dtype=dtype), (x, weight))
+    def by_kernel(run, x, weight):
+        return jax.lax.map(lambda both: run(*both, dtype), (x, weight))
 
-    def others(x, weight, few):
-        return jax.vmap(functools.partial(_xla, few=few, dtype=dtype))(x, weight)
+    def others(x, weight, name):
+        return jax.vmap(functools.partial(_xla, name=name, dtype=dtype))(x, weight)
 
-    return _choose(x, weight, rows, implementation, kernel, others), True
+    return _choose(x, weight, rows, implementation, by_kernel, others), True
 
 
-def _choose(x: Array, weight: Any, rows: Any, implementation: str | None, kernel: Callable, others: Callable) -> Any:
-    """All dispatch: by name, else by the order of codes, the rows (in an exported program perhaps a symbol), and the
-    platform that the program is lowered for."""
-    if implementation == "hopper":
-        return kernel(x, weight)
+def _choose(
+    x: Array, weight: Any, rows: int | float, implementation: str | None, by_kernel: Callable, others: Callable
+) -> Any:
+    """All dispatch: by name, else by the order of codes, the rows, and the platform that the program is lowered for."""
+    if implementation in KERNELS:
+        return by_kernel(KERNELS[implementation].run, x, weight)
     if implementation is not None:
-        return others(x, weight, few=implementation == "xla_codes")
-    known = rows if isinstance(rows, int) else math.inf
-    large = weight.in_features * weight.out_features >= xla.FEW_CODES
-    by_xla = functools.partial(others, few=large and known <= xla.FEW_ROWS)
-    if known <= HOPPER_ROWS and _hopper_refusal(x, weight) is None and _is_for_hopper():
-        return jax.lax.platform_dependent(x, weight, cuda=kernel, default=by_xla)
-    return by_xla(x, weight)
+        return others(x, weight, name=implementation)
+    by_xla = functools.partial(others, name=_by_xla(rows, weight))
+    chosen = {
+        kernel.platform: functools.partial(by_kernel, kernel.run)
+        for kernel in KERNELS.values()
+        if rows <= kernel.rows and kernel.refusal(x, weight) is None and _is_for(kernel)
+    }
+    if jax.typeof(x).manual_axis_type.varying:
+        chosen = {}  # this shard_map wants to be told along which axes results vary, and kernels do not say
+    return jax.lax.platform_dependent(x, weight, default=by_xla, **chosen) if chosen else by_xla(x, weight)
 
 
-def _xla(x: Array, weight: Any, *, few: bool, dtype: Any) -> Array:
-    return (xla.from_codes if few else xla.dequantized)(x, _natural(weight), dtype)
+def _size(shape: tuple) -> int | float:
+    """The number of rows; infinity where an exported program has a symbol for it."""
+    rows = math.prod(shape)
+    return rows if isinstance(rows, int) else math.inf
 
 
-def _natural(weight: Any) -> tensor.QuantizedTensor:
+def _by_xla(rows: int | float, weight: Any) -> str:
+    """Which of XLA's implementations is chosen."""
+    if weight.in_features * weight.out_features < xla.FEW_CODES or rows > xla.SLAB_ROWS:
+        return "xla"
+    return "xla_codes" if rows <= xla.FEW_ROWS else "xla_slabs"
+
+
+# What runs is jitted: constants would else be arguments of the custom_vmap around it, and mapped by a cond's vmap.
+
+
+@functools.partial(jax.jit, static_argnames=("name", "dtype"))
+def _xla(x: Array, weight: Any, *, name: str, dtype: Any) -> Array:
+    run = {"xla": xla.dequantized, "xla_slabs": xla.by_slabs, "xla_codes": xla.from_codes}[name]
+    return run(x, _natural(weight), dtype)
+
+
+def _natural(weight: Any) -> xla.Weight:
+    if isinstance(weight, tensor.Element) and isinstance(weight.stack, Prepacked):
+        weight = weight.taken()
     return restore(weight) if isinstance(weight, Prepacked) else weight
 
 
-def _hopper(x: Array, weight: Prepacked, *, dtype: Any) -> Array:
-    from jgptq.kernels import hopper  # Mosaic GPU takes a while to import, and most programs never need it
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What a platform has of its own.
+
+    platform, devices: the platform that it is lowered for, and what one of the words in a device's name must be.
+    rows: the most for which it is chosen. refusal: why it cannot serve a product, and the way out; None if it can.
+    run: x (..., in), the weight and the result's dtype to the product.
+    """
+
+    platform: str
+    devices: tuple[str, ...]
+    rows: int
+    refusal: Callable[[Array, Any], str | None]
+    run: Callable[[Array, Any, Any], Array]
+
+
+# Pallas takes a while to import, and most programs never need it.
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _hopper(x: Array, weight: Prepacked | tensor.Element, dtype: Any) -> Array:
+    from jgptq.kernels import hopper
 
     return hopper.matmul(x, weight, dtype)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
+def _tpu(x: Array, weight: tensor.QuantizedTensor | tensor.Element, dtype: Any) -> Array:
+    from jgptq.kernels import tpu
+
+    return tpu.matmul(x, tensor.taken(weight), dtype)
+
+
 def _hopper_refusal(x: Array, weight: Any) -> str | None:
-    """Why the Hopper kernel cannot serve a product, and the way out; None if it can."""
+    weight = tensor.form(weight)
     if not isinstance(weight, Prepacked):
         return f"the weight is a {type(weight).__name__}; give jgptq.prepack(weight)"
-    if x.dtype.name not in HOPPER_DTYPES:
-        return f"x is {x.dtype.name}; cast it to one of {HOPPER_DTYPES}"
+    if x.dtype.name not in ("bfloat16", "float16"):
+        return f"x is {x.dtype.name}; cast it to bfloat16 or float16"
     return None
 
 
-def _is_for_hopper() -> bool:
-    """Whether what is traced now may run on Hopper GPUs: by the abstract mesh, else by the machine's devices."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return any(name in abstract.device_kind for name in HOPPERS)
-    return _has_hopper()
+def _tpu_refusal(x: Array, weight: Any) -> str | None:
+    weight = tensor.form(weight)
+    if isinstance(weight, Prepacked):
+        return "the weight is Prepacked, for a GPU; give jgptq.unprepack(weight)"
+    if x.dtype.name not in ("bfloat16", "float32"):
+        return f"x is {x.dtype.name}; cast it to bfloat16 or float32"
+    if weight.bits not in (4, 8):
+        return f"the weight has {weight.bits} bits, and 4 or 8 are served; leave the choice to None"
+    if not tensor.has_integer_zeros(weight):
+        return f"the weight's zeros are {weight.zeros.dtype}, and uint8 ones are served; leave the choice to None"
+    size = weight.group_size
+    if weight.scales.shape[-2] > 1 and size not in (32, 64) and size % 128:
+        return (
+            f"the weight has groups of {size}, and 32, 64, multiples of 128 and one group are served; "
+            "leave the choice to None"
+        )
+    return None
+
+
+# Where kernels end: from about 128 rows on the units that multiply are the limit, by the data sheets of an H200 and of
+# a TPU v5e, and the library's product is as good. Neither is timed yet.
+KERNELS = {
+    "hopper": Kernel(
+        platform="cuda",
+        devices=("H100", "H200", "H800", "H20", "GH200"),
+        rows=128,
+        refusal=_hopper_refusal,
+        run=_hopper,
+    ),
+    "tpu": Kernel(platform="tpu", devices=("TPU",), rows=128, refusal=_tpu_refusal, run=_tpu),
+}
+
+
+def _is_for(kernel: Kernel) -> bool:
+    """Whether what is traced now may run on the kernel's devices: by the abstract mesh, else by the machine's own.
+
+    XLA cannot divide a kernel between devices. So where there are several, it is for what `shard_map` has divided.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    divided = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+    if mesh.abstract_device is not None:
+        kinds, count = (mesh.abstract_device.device_kind,), mesh.size
+    else:
+        kinds = _device_kinds(kernel.platform)
+        count = len(kinds)
+    named = all(any(name in kind for name in kernel.devices) for kind in kinds)
+    return bool(kinds) and named and (count <= 1 or divided)
 
 
 @functools.cache
-def _has_hopper() -> bool:
+def _device_kinds(platform: str) -> tuple[str, ...]:
     try:
-        devices = jax.devices("cuda")
+        return tuple(device.device_kind for device in jax.devices(platform))
     except RuntimeError:
-        return False
-    return all(str(device.compute_capability) == "9.0" for device in devices)
+        return ()

@@ -108,8 +108,11 @@ def prepack(params: Any) -> Any:
     """
 
     def one(leaf: Any) -> Any:
-        packed = isinstance(leaf, tensor.QuantizedTensor) and tensor.has_integer_zeros(leaf)
-        return prepack_weight(leaf) if packed else leaf
+        if not (isinstance(leaf, tensor.QuantizedTensor) and tensor.has_integer_zeros(leaf)):
+            return leaf
+        is_stack = leaf.ndim > len(leaf.layout.shape)
+        # One weight after another: unpacked, a stack of layers would be several times the model.
+        return jax.lax.map(prepack_weight, leaf) if is_stack else prepack_weight(leaf)
 
     return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, tensor.QuantizedTensor))
 

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jgptq.models import rotary
-from jgptq.models.layers import Linear, precision
+from jgptq.models.layers import Linear, precision, together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,14 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-# The keys and values of every layer, each (batch, capacity, kv_heads, head_dim), in the order the layers run.
+# The keys and values of every layer, each (batch, kv_heads, capacity, head_dim), as attention multiplies them, in the
+# order the layers run; of layers under a scan, those of the first period, stacked along a first axis.
 Cache = tuple[tuple[Array, Array], ...]
+
+
+def cache_length(cache: Cache) -> int:
+    """Tokens that a cache has room for."""
+    return cache[0][0].shape[-2]
 
 
 class Positions:
@@ -52,6 +58,7 @@ class Positions:
     queries: positions of the tokens given, a row for each sequence of the batch, or one for all.
     keys: positions of all the tokens that those may look at. length: of the whole sequence, known while tracing.
     capacity: the length of the cache to be made of this pass; None: there is none. cache: that of the tokens before.
+    layer: where in the cache's stacks these layers are; None: it has no stacks.
     A token's place in the cache is its position. What lies at later places is never looked at.
     """
 
@@ -63,9 +70,10 @@ class Positions:
         *,
         capacity: int | None = None,
         cache: Cache | None = None,
+        layer: Int[Array, ""] | None = None,
     ):
         self.queries, self.keys, self.length = queries, keys, length
-        self._capacity, self._old = capacity, cache
+        self._capacity, self._old, self._layer = capacity, cache, layer
         self._new: list[tuple[Array, Array]] = []
         self._made = {}
 
@@ -78,7 +86,7 @@ class Positions:
     @classmethod
     def of_tokens(cls, positions: Int[Array, " batch"], cache: Cache) -> "Positions":
         """One token of each sequence, at a position of its own."""
-        capacity = cache[0][0].shape[1]
+        capacity = cache_length(cache)
         return cls(positions[:, None], jnp.arange(capacity), capacity, cache=cache)
 
     @property
@@ -86,19 +94,37 @@ class Positions:
         """With the keys and values of this pass; complete when all layers have run."""
         return tuple(self._new)
 
+    def inside(self, index: Int[Array, ""], old: Cache | None) -> "Positions":
+        """For the layers of one step of a scan, with `old` as the stacks of their cache."""
+        return Positions(self.queries, self.keys, self.length, capacity=self._capacity, cache=old, layer=index)
+
+    def next_in_cache(self, count: int) -> Cache | None:
+        """What the next `count` layers have in the cache of the tokens before."""
+        return None if self._old is None else self._old[len(self._new) : len(self._new) + count]
+
+    def extend_cache(self, entries: Cache) -> None:
+        """What these layers have in the cache with this pass."""
+        self._new.extend(entries)
+
     def remember(
         self, keys: Float[Array, "batch query kv_heads head_dim"], values: Float[Array, "batch query kv_heads head_dim"]
-    ) -> tuple[Float[Array, "batch key kv_heads head_dim"], Float[Array, "batch key kv_heads head_dim"]]:
+    ) -> tuple[Float[Array, "batch kv_heads key head_dim"], Float[Array, "batch kv_heads key head_dim"]]:
         """The next layer's keys and values of all tokens, given those of this pass."""
+        new = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
         if self._old is None:
             if self._capacity is not None:
                 rest = self._capacity - keys.shape[1]
-                self._new.append(tuple(jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))) for x in (keys, values)))
-            return keys, values
-        put = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=0))
-        old = self._old[len(self._new)]
-        self._new.append(tuple(put(o, n, self.queries[:, 0]) for o, n in zip(old, (keys, values), strict=True)))
-        return self._new[-1]
+                self._new.append(tuple(jnp.pad(x, ((0, 0), (0, 0), (0, rest), (0, 0))) for x in new))
+            return new
+        old, places = self._old[len(self._new)], self.queries[:, 0]
+        if self._layer is None:
+            put = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=1))
+            self._new.append(tuple(put(o, n, places) for o, n in zip(old, new, strict=True)))
+            return self._new[-1]
+        # The stacks are what the scan carries: written to in place, and read where they are.
+        at = self._layer, jnp.arange(len(places)), slice(None), places
+        self._new.append(tuple(o.at[at].set(n[:, :, 0]) for o, n in zip(old, new, strict=True)))
+        return tuple(lax.dynamic_index_in_dim(stack, self._layer, keepdims=False) for stack in self._new[-1])
 
     def mask(self, window: int | None) -> Bool[Array, "rows query key"]:
         """True where the query sees the key: itself and what came before, at most `window` tokens in all."""
@@ -156,7 +182,7 @@ class Attention(nnx.Module):
         alibi: Alibi | None = None,
     ):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.names, self.interleaved = names, interleaved
+        self.names, self.shared_input, self.interleaved = names, names[:-1], interleaved
         self.scale, self.soft_cap = head_dim**-0.5 if scale is None else scale, soft_cap
         self.rope, self.max_length, self.window = rope, max_length, window
         self.alibi = alibi
@@ -185,7 +211,7 @@ class Attention(nnx.Module):
         Float[Array, "batch token kv_heads head_dim"],
         Float[Array, "batch token kv_heads head_dim"],
     ]:
-        outputs = [getattr(self, name)(x) for name in self.names[:-1]]
+        outputs = together(x, *(getattr(self, name) for name in self.shared_input))
         shape = (*x.shape[:-1], -1, self.head_dim)
         if len(outputs) == 3:
             queries, keys, values = outputs
@@ -200,8 +226,8 @@ class Attention(nnx.Module):
     def _mix(
         self,
         queries: Float[Array, "batch query heads head_dim"],
-        keys: Float[Array, "batch key kv_heads head_dim"],
-        values: Float[Array, "batch key kv_heads head_dim"],
+        keys: Float[Array, "batch kv_heads key head_dim"],
+        values: Float[Array, "batch kv_heads key head_dim"],
         positions: Positions,
     ) -> Float[Array, "batch query mixed"]:
         """softmax(scale q·k + what positions add) v, with scores and softmax in float32."""
@@ -209,7 +235,7 @@ class Attention(nnx.Module):
         dtype, group = queries.dtype, self.heads // self.kv_heads
         queries = queries.reshape(batch, count, self.kv_heads, group, self.head_dim)
         scores = self.scale * jnp.einsum(
-            "bqhgd,bkhd->bhgqk", queries, keys, precision=precision(dtype), preferred_element_type=jnp.float32
+            "bqhgd,bhkd->bhgqk", queries, keys, precision=precision(dtype), preferred_element_type=jnp.float32
         )
         if self.soft_cap is not None:
             scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
@@ -217,5 +243,5 @@ class Attention(nnx.Module):
             scores = scores + self.alibi.bias(positions.keys).reshape(1, self.kv_heads, group, 1, -1)
         scores = jnp.where(positions.mask(self.window)[:, None, None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-        mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, values, precision=precision(dtype))
+        mixed = jnp.einsum("bhgqk,bhkd->bqhgd", weights, values, precision=precision(dtype))
         return mixed.reshape(batch, count, self.heads * self.head_dim)

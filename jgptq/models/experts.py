@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jgptq import tensor
+from jgptq.kernels.grouped import grouped_matmul
 from jgptq.kernels.prepack import Prepacked
 from jgptq.models.layers import ACTIVATIONS, Group, Linear, precision
 
@@ -21,7 +22,7 @@ class ExpertLinear(nnx.Module):
         """The first counts[0] rows times the first expert's matrix, the next counts[1] times the second's, and on."""
         kernel = self.kernel.get_value()
         if isinstance(kernel, tensor.QuantizedTensor | Prepacked):
-            kernel = kernel.dequantize()
+            return grouped_matmul(x, kernel, counts)
         return lax.ragged_dot(x, kernel.astype(x.dtype), counts, precision=precision(x.dtype))
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
+from jgptq.models import serving
+
 ParameterPath = tuple[str | int, ...]
 
 
@@ -65,7 +67,7 @@ class LanguageModel:
     source: Path | None = dataclasses.field(default=None, compare=False)
 
     def apply(
-        self, params: Mapping, tokens: Integer[Array | np.ndarray, "batch seq"]
+        self, params: Mapping | serving.Arranged, tokens: Integer[Array | np.ndarray, "batch seq"]
     ) -> Float[Array, "batch seq vocab"]:
         """Logits, float32, of the token after each position. Pure: jit it, differentiate it, vmap it."""
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -73,11 +75,11 @@ class LanguageModel:
                 f"tokens are {tokens.dtype}{list(tokens.shape)}; give integers of shape (batch, seq), "
                 "a single sequence as tokens[None, :]"
             )
-        return nnx.merge(self._graph_and_shapes[0], params)(jnp.asarray(tokens))
+        return self._module(params)(jnp.asarray(tokens))
 
     def prefill(
         self,
-        params: Mapping,
+        params: Mapping | serving.Arranged,
         tokens: Integer[Array, "batch seq"],
         lengths: Integer[Array, " batch"],
         capacity: int,
@@ -86,13 +88,52 @@ class LanguageModel:
 
         tokens: prompts, filled up at their ends with anything. lengths: of the prompts.
         """
-        return nnx.merge(self._graph_and_shapes[0], params).prefill(tokens, lengths, capacity)
+        return self._module(params).prefill(tokens, lengths, capacity)
 
     def step(
-        self, params: Mapping, tokens: Integer[Array, " batch"], positions: Integer[Array, " batch"], cache: Any
+        self,
+        params: Mapping | serving.Arranged,
+        tokens: Integer[Array, " batch"],
+        positions: Integer[Array, " batch"],
+        cache: Any,
     ) -> tuple[Float[Array, "batch vocab"], Any]:
         """Logits of the token after one more token of each sequence, which stands at `positions`; and the new cache."""
-        return nnx.merge(self._graph_and_shapes[0], params).step(tokens, positions, cache)
+        return self._module(params).step(tokens, positions, cache)
+
+    def arranged(
+        self, params: Mapping | serving.Arranged, *, stack_floats: bool = False, donate: bool = False
+    ) -> serving.Arranged:
+        """The same parameters as decoding wants them; every method here takes them, and `jgptq.generate` does.
+
+        Packed projections of the same inputs (q, k and v; gate and up) are joined to one product where their bits,
+        groups, symmetry and order of inputs are the same. Layers that differ in nothing but values are stacked, and run
+        under a scan, so that compiling takes no longer for a deep model than for a shallow one.
+        stack_floats: stacks layers with float matrices or experts as well, at a copy of those for every token.
+        donate: deletes arrays as soon as their place is taken, so that memory holds the model but once, and one leaf.
+        """
+        if isinstance(params, serving.Arranged):
+            return params
+        module = self._module(params)
+        runs = serving.arrange(module, stack_floats=stack_floats, donate=donate)
+        return serving.Arranged(params=_parameters(module), runs=runs)
+
+    def plain(self, params: Mapping | serving.Arranged) -> Mapping:
+        """The exact inverse of `arranged`."""
+        if not isinstance(params, serving.Arranged):
+            return params
+        arranged = self._module(params)
+        graph, shapes, _ = self._graph_and_shapes
+        module = nnx.merge(graph, shapes)
+        for layer, values in zip(module.decoder_layers(), serving.ungrouped(arranged), strict=True):
+            nnx.update(layer, nnx.state(values, nnx.Param))
+        serving.group(arranged, ())
+        nnx.update(module, nnx.state(arranged, nnx.Param))
+        return _parameters(module)
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are."""
+        return self._graph_and_shapes[2]
 
     def init(self, key: Array) -> dict:
         """Random float32 parameters: normal with the config's initializer_range, norms the identity, biases 0."""
@@ -104,15 +145,28 @@ class LanguageModel:
         """The parameter tree with a jax.ShapeDtypeStruct for every leaf; nothing is allocated."""
         return jax.tree.map(lambda leaf: leaf, self._graph_and_shapes[1])
 
+    def _module(self, params: Mapping | serving.Arranged) -> nnx.Module:
+        if isinstance(params, serving.Arranged):
+            return nnx.merge(_arranged_graph(self.architecture, self.config, params.runs), params.params)
+        return nnx.merge(self._graph_and_shapes[0], params)
+
     @property
-    def _graph_and_shapes(self) -> tuple[nnx.GraphDef, dict]:
+    def _graph_and_shapes(self) -> tuple[nnx.GraphDef, dict, int]:
         return _graph_and_shapes(self.architecture, self.config)
 
 
 @functools.lru_cache(maxsize=16)
-def _graph_and_shapes(architecture: Architecture, config: Any) -> tuple[nnx.GraphDef, dict]:
+def _graph_and_shapes(architecture: Architecture, config: Any) -> tuple[nnx.GraphDef, dict, int]:
     module = nnx.eval_shape(lambda: architecture.build(config, nnx.Rngs(params=0)))
-    return nnx.graphdef(module), _parameters(module)
+    return nnx.graphdef(module), _parameters(module), len(module.decoder_layers())
+
+
+@functools.lru_cache(maxsize=16)
+def _arranged_graph(architecture: Architecture, config: Any, runs: serving.Runs) -> nnx.GraphDef:
+    graph, shapes, _ = _graph_and_shapes(architecture, config)
+    module = nnx.merge(graph, shapes)
+    serving.group(module, runs)
+    return nnx.graphdef(module)
 
 
 def _parameters(module: nnx.Module) -> dict:

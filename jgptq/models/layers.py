@@ -4,6 +4,8 @@ A linear kernel may be a QuantizedTensor: `Linear` then multiplies by the packed
 activations' dtype, except norms, rotations and softmax, which are in float32.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +40,20 @@ def along_last(vector: Float[Array, " features"], like: Array) -> Array:
     return jnp.expand_dims(vector.astype(like.dtype), tuple(range(like.ndim - 1)))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Joined:
+    """The packed kernels of several projections of the same inputs as one, in the place of the first; the others' are
+    None. widths: their outputs, which lie side by side.
+    """
+
+    weight: Any
+    widths: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+PACKED = tensor.QuantizedTensor | Prepacked | tensor.Element
+
+
 class Linear(nnx.Module):
     """x @ kernel + bias; the kernel is an (in, out) array or a QuantizedTensor of that shape."""
 
@@ -47,11 +63,22 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         kernel = self.kernel.get_value()
-        if isinstance(kernel, tensor.QuantizedTensor | Prepacked):
-            y = matmul(x, kernel)
-        else:
-            y = jnp.matmul(x, kernel.astype(x.dtype), precision=precision(x.dtype))
+        if isinstance(kernel, PACKED):
+            return self.biased(matmul(x, kernel))
+        return self.biased(jnp.matmul(x, kernel.astype(x.dtype), precision=precision(x.dtype)))
+
+    def biased(self, y: Float[Array, "*batch out"]) -> Float[Array, "*batch out"]:
         return y if self.bias is None else y + along_last(self.bias.get_value(), y)
+
+
+def together(x: Float[Array, "*batch in"], *projections: Linear) -> list[Float[Array, "*batch _"]]:
+    """Each projection of x; all by one product where their kernels are joined."""
+    kernel = projections[0].kernel.get_value()
+    if not isinstance(kernel, Joined):
+        return [projection(x) for projection in projections]
+    ends = list(itertools.accumulate(kernel.widths))[:-1]
+    outputs = jnp.split(matmul(x, kernel.weight), ends, axis=-1)
+    return [projection.biased(y) for projection, y in zip(projections, outputs, strict=True)]
 
 
 class Embed(nnx.Module):
@@ -143,16 +170,21 @@ class MLP(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """down(activation(gate(x)) * up(x)). [Shazeer 2020]"""
+    """down(activation(gate(x)) * up(x)). [Shazeer 2020]
+
+    shared_input: names of the projections that multiply the same inputs.
+    """
 
     def __init__(self, features: int, hidden: int, *, activation: str, bias: bool, std: float, rngs: nnx.Rngs):
         self.activation = activation
+        self.shared_input = ("gate_proj", "up_proj")
         self.gate_proj = Linear(features, hidden, bias=bias, std=std, rngs=rngs)
         self.up_proj = Linear(features, hidden, bias=bias, std=std, rngs=rngs)
         self.down_proj = Linear(hidden, features, bias=bias, std=std, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        gate, up = together(x, self.gate_proj, self.up_proj)
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
 
 
 class Group(nnx.Module):

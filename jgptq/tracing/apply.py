@@ -17,6 +17,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
+from jgptq.kernels.grouped import grouped_matmul
 from jgptq.kernels.matmul import matmul
 from jgptq.kernels.prepack import Prepacked, unprepack
 from jgptq.tensor import QuantizedTensor, cut, unpack_columns, with_stack_in_layout
@@ -58,6 +59,12 @@ class _Packed:
     @property
     def is_plain(self) -> bool:
         return self.factor is None and self.addend is None
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether it went through a cast that rounded it, which matmul would not."""
+        digits = [jnp.finfo(dtype).nmant for dtype in (self.weight.dtype, *self.view.casts)]
+        return min(digits) < digits[-1]
 
 
 def quantized(f: Callable) -> Callable:
@@ -124,6 +131,8 @@ def _serve(equation: jex.JaxprEqn, operands: list[Any], makers: dict) -> list[An
         results = _linear(equation, operands, makers)
     elif name == "dot_general":
         results = _product(equation, operands)
+    elif name == "ragged_dot_general":
+        results = _grouped(equation, operands)
     elif name == "gather":
         results = _rows(equation, operands)
     return _bind(equation, _arrays(operands)) if results is None else results
@@ -222,8 +231,7 @@ def _product(equation: jex.JaxprEqn, operands: list[Any]) -> list[jax.Array] | N
         return None
     if own.factor is not None and any(own.factor.shape[axis] > 1 for axis in contracted[side]):
         return None
-    digits = [jnp.finfo(dtype).nmant for dtype in (weight.dtype, *own.view.casts)]
-    if min(digits) < digits[-1]:  # a cast that rounded the weight, which matmul would not
+    if own.is_rounded:
         return None
 
     other = 1 - side
@@ -256,6 +264,30 @@ def _product(equation: jex.JaxprEqn, operands: list[Any]) -> list[jax.Array] | N
         arrays[other] = x
         result = result + _bind(equation, arrays)[0]
     return [result]
+
+
+def _grouped(equation: jex.JaxprEqn, operands: list[Any]) -> list[jax.Array] | None:
+    """A ragged_dot with a stack of packed matrices, one for each group of rows; None if it is another product."""
+    x, own, counts = operands
+    if not isinstance(own, _Packed) or not own.is_plain or own.is_rounded or isinstance(x, _Packed):
+        return None
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (contracted, batch), groups = numbers.dot_dimension_numbers, tuple(numbers.rhs_group_dimensions)
+    free = tuple(axis for axis in range(len(own.view.axes)) if axis not in (*contracted[1], *groups))
+    is_grouped = (
+        len(groups) == 1
+        and not any(batch)
+        and equation.params["group_offset"] is None
+        and x.ndim == 1 + len(contracted[0])
+        and views.layout(own.view, groups, tuple(contracted[1]), free).roles() == own.weight.layout.roles()
+        and own.weight.codes.ndim == 3
+    )
+    result = equation.outvars[0].aval
+    if not is_grouped or jnp.issubdtype(result.dtype, jnp.complexfloating):
+        return None
+    rows = x.transpose(*numbers.lhs_ragged_dimensions, *contracted[0]).reshape(-1, own.weight.in_features)
+    rows = rows.astype(jnp.result_type(rows.dtype, equation.invars[1].aval.dtype))
+    return [grouped_matmul(rows, own.weight, counts, preferred_element_type=result.dtype).reshape(result.shape)]
 
 
 def _matmul(x: jax.Array, weight: QuantizedTensor | Prepacked, batch_axes: int, dtype: Any) -> jax.Array:

@@ -133,7 +133,8 @@ def test_a_scan_is_served_as_a_scan_over_packed_layers(case):
     ]
     plain, served = ([e.params["length"] for e in part if e.primitive.name == "scan"] for part in traced)
     assert len(plain) == case.scans
-    assert served == plain
+    # A product with experts has a scan of its own.
+    assert served == plain or ("ragged_dot" in case.name and set(plain) <= set(served))
     stacks = [leaf.size for path, leaf in leaf_paths(params) if path in case.quantized and leaf.ndim > 2]
     floats = [var.aval.size for e in traced[1] for var in e.outvars if jnp.issubdtype(var.aval.dtype, jnp.floating)]
     assert not stacks or max(floats) < max(stacks)

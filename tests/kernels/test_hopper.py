@@ -4,6 +4,7 @@ The interpreter runs the kernel's own grid, pipeline, indices and sums; what a t
 by test_prepack.py and by benchmarks/gpu.py, on a GPU.
 """
 
+import dataclasses
 import functools
 
 import emulated_mosaic
@@ -16,6 +17,7 @@ from test_prepack import make_weight
 import jgptq
 from jgptq import tensor
 from jgptq.kernels import hopper
+from jgptq.kernels.grouped import grouped_matmul
 
 MESH = jax.sharding.AbstractMesh(
     (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
@@ -50,6 +52,18 @@ def test_values_match_float64(parts, rows):
     # Products are exact and summed in float32: at worst one rounding a term.
     bound = weight.in_features * 2.0**-24 * (abs(exact[0]) @ abs(exact[1]) * 4)
     assert (abs(np.asarray(y) - exact[0] @ exact[1]) <= bound).all()
+
+
+def test_one_of_a_stack_is_read_where_it_is():
+    parts = (4, 256, 10, 32, False, True)
+    stack = jgptq.prepack(make_weight(*parts, batch=(3,)))
+    stack = dataclasses.replace(stack, layout=tensor.Layout.dense(*parts[1:3]))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, parts[1])), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(MESH), interpreter():
+        run = jax.jit(lambda x, w: hopper.matmul(x, w, jnp.float32, operations=emulated_mosaic))
+        for index in range(3):
+            element = tensor.Element(stack=stack, index=jnp.int32(index))
+            np.testing.assert_array_equal(run(x, element), run(x, element.taken()))
 
 
 # bits, inputs, outputs, group size, symmetric, rows, dtype: each form of decoding, of groups and of plans.
@@ -107,11 +121,27 @@ class TestDispatch:
         assert kernels(lowered(jgptq.matmul, *shapes(*SMALL), platform="cpu")) == 0
         assert kernels(lowered(jgptq.matmul, *shapes(*SMALL), platform="tpu")) == 0
 
-    def test_not_for_another_gpu(self):
+    @pytest.mark.parametrize("rows", [1, 4])
+    @pytest.mark.parametrize("prepacked", [True, False])
+    def test_another_gpu_multiplies_codes(self, rows, prepacked):
+        """And asks for no matrix product, whose operand would be the weight, written out. benchmarks/sass.py has the
+        memory that this takes on an A100."""
+        x, weight = shapes(4, 512, 256, 32, False, rows, jnp.bfloat16)
+        weight = weight if prepacked else jax.eval_shape(jgptq.unprepack, weight)
         ampere = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=108, platform="gpu")
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=ampere)):
-            traced = jax.jit(jgptq.matmul).trace(*shapes(*SMALL))
-            assert kernels(traced.lower(lowering_platforms=("cuda",)).as_text()) == 0
+            text = jax.jit(jgptq.matmul).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+        assert kernels(text) == 0
+        assert "dot_general" not in text
+
+    def test_not_where_xla_would_have_to_divide_it(self):
+        """XLA divides no kernel between devices: there it is for what shard_map has divided."""
+        several = jax.sharding.AbstractMesh((2,), ("x",), abstract_device=MESH.abstract_device)
+        one = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=MESH.abstract_device)
+        for mesh, count in ((several, 0), (one, 1)):
+            with jax.sharding.use_abstract_mesh(mesh):
+                traced = jax.jit(jgptq.matmul).trace(*shapes(*SMALL))
+                assert kernels(traced.lower(lowering_platforms=("cuda",)).as_text()) == count
 
     def test_by_rows_and_dtype(self):
         x, weight = shapes(*SMALL)
@@ -138,6 +168,33 @@ class TestDispatch:
             text = lowered(f, *stack)
             assert kernels(text) == 1
             assert "stablehlo.while" in text
+
+    def test_one_of_a_stack_is_not_sliced(self):
+        """Slices of inputs there are, but none of 32-bit words."""
+        x, weight = shapes(*SMALL)
+        stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), weight)
+
+        def scanned(x, stack):
+            def step(x, index):
+                return x, jgptq.matmul(x, tensor.Element(stack=stack, index=index))
+
+            return jax.lax.scan(step, x, jnp.arange(3))[1]
+
+        text = lowered(scanned, x, stack)
+        assert kernels(text) == 1
+        assert "stablehlo.while" in text
+        used = [line for line in text.splitlines() if "dynamic_slice" in line and "ui32" in line]
+        assert used == [], used
+
+    @pytest.mark.parametrize("rows", [2, 32])
+    def test_experts(self, rows):
+        """One after another, in a loop over their rows."""
+        x, weight = shapes(*SMALL)
+        stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((8, *leaf.shape), leaf.dtype), weight)
+        x, counts = jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype), jax.ShapeDtypeStruct((8,), jnp.int32)
+        text = lowered(grouped_matmul, x, stack, counts)
+        assert kernels(text) == 1
+        assert "stablehlo.while" in text
 
     def test_under_derivatives(self):
         x, weight = shapes(*SMALL)
@@ -171,5 +228,5 @@ class TestMessages:
 
     def test_another_dtype(self):
         weight = jgptq.prepack(make_weight(4, 64, 10, 32, False, False))
-        with pytest.raises(ValueError, match=r"x is float32; cast it to one of \('bfloat16', 'float16'\)"):
+        with pytest.raises(ValueError, match="x is float32; cast it to bfloat16 or float16"):
             jgptq.matmul(jnp.ones((3, 64)), weight, implementation="hopper")

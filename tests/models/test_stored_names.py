@@ -119,7 +119,8 @@ def test_packed_experts_are_stacked(tmp_path):
     tokens = jnp.arange(8)[None]
     logits = model.apply(params, tokens)
     params["model"]["layers"][0]["block_sparse_moe"]["experts"]["w1"]["kernel"] = jnp.asarray(dense)
-    np.testing.assert_array_equal(logits, model.apply(params, tokens))
+    # The same products, summed in another order.
+    np.testing.assert_allclose(logits, model.apply(params, tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_experts_packed_in_different_ways_are_refused(tmp_path):
