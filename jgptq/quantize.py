@@ -186,7 +186,9 @@ def quantize(
                 if number in folds:
                     row = dataclasses.replace(row, nbytes=row.nbytes - weight.input_scales.nbytes)
                 elif own[part.leaf] != plan[part.leaf]:
-                    row = dataclasses.replace(row, method=plan[part.leaf][1].name, notes=(*row.notes, NOT_SCALED))
+                    asked = plan[part.leaf][1]
+                    note = NOT_SCALED if asked.input_scales else f"{NOT_SCALED}: AWQ(input_scales=True) would keep them"
+                    row = dataclasses.replace(row, method=asked.name, notes=(*row.notes, note))
                 row = dataclasses.replace(row, seconds=time.perf_counter() - clock)
                 if finished is not None:
                     finished[name] = weight, row
@@ -275,7 +277,7 @@ def _check_permutations(leaves: Iterable[int], sites: dict[int, Site], plan: dic
             )
 
 
-NOT_SCALED = "its inputs come from nothing that could take scales: not scaled; AWQ(input_scales=True) keeps them"
+NOT_SCALED = "its inputs come from nothing that could take scales, so they are not scaled"
 
 
 def _folds(
