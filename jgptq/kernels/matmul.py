@@ -254,8 +254,13 @@ def has_kernel_for_prepacked() -> bool:
 
 
 def prefers_prepacked(weight: Any) -> bool:
-    """Whether that is so, and would serve products of inputs in this weight's dtype."""
-    return isinstance(weight, tensor.QuantizedTensor) and weight.dtype in HOPPER_DTYPES and has_kernel_for_prepacked()
+    """Whether products with this weight, of inputs in its dtype, would run on that kernel if it were Prepacked."""
+    return (
+        isinstance(weight, tensor.QuantizedTensor)
+        and tensor.has_integer_zeros(weight)
+        and weight.dtype.name in HOPPER_DTYPES
+        and has_kernel_for_prepacked()
+    )
 
 
 @functools.cache

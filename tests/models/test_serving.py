@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import jgptq
 from jgptq import tensor
-from jgptq.kernels.matmul import has_kernel_for_prepacked
 from jgptq.kernels.prepack import Prepacked
 from jgptq.models import MODELS, LanguageModel
 from jgptq.models.layers import Joined
@@ -282,19 +281,24 @@ def test_saved_as_it_was(tmp_path):
         assert (tmp_path / "arranged" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
-def test_on_a_hopper_gpu_kernels_come_to_its_order():
+def test_on_a_hopper_gpu_kernels_come_to_its_order(monkeypatch):
     """Those that its kernel multiplies; and generate does it for a model of any depth."""
     model = language_model(tie_word_embeddings=True)
     params = random_params(model, dtype=jnp.bfloat16)
     table, _ = jgptq.rtn(params["model"]["embed_tokens"]["embedding"].astype(jnp.float32), GRID)
     params["model"]["embed_tokens"]["embedding"] = dataclasses.replace(table, dtype=jnp.dtype(jnp.bfloat16))
+    here, seen = model.arranged(params), []
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
-        assert has_kernel_for_prepacked()
         arranged = model.arranged(params)
         assert not model.arranged(random_params(model)).prepacked  # its activations are float32
-    layers = arranged.params["model"]["layers"]
-    assert_same(layers, jgptq.prepack(model.arranged(params)).params["model"]["layers"])
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+        monkeypatch.setattr(LanguageModel, "prefill", lambda self, params, *rest: seen.append(params))
+        with pytest.raises(TypeError):  # None, in place of logits and a cache
+            jgptq.generate(model, params, [1, 2, 3], max_new_tokens=1)
+    assert [params.prepacked for params in seen] == [True]
+    assert arranged.prepacked
+    assert not here.prepacked
+    assert_same(arranged.params["model"]["layers"], jgptq.prepack(here.params["model"]["layers"]))
+    assert_same(arranged.params["model"]["embed_tokens"], params["model"]["embed_tokens"])
     assert_same(model.plain(arranged), params)
 
 
