@@ -200,7 +200,8 @@ def race(shape: tuple[int, int], rows: tuple[int, ...], names: list, options: An
 def decoding(options: Any, batches: tuple[int, ...]) -> list[dict]:
     """Tokens a second of a Llama of random weights, packed and in bfloat16, one model on the device at a time.
 
-    The packed one is arranged for decoding; in bfloat16 that would copy each layer's weights for every token.
+    The packed one is arranged for decoding, and so prepacked on a Hopper; in bfloat16 that would copy each layer's
+    weights for every token.
     """
     model = decode.llama(*options.model, heads=options.heads, kv_heads=options.heads // 4, vocab=options.vocab)
     rows = [{"batch": batch} for batch in batches]
@@ -208,7 +209,7 @@ def decoding(options: Any, batches: tuple[int, ...]) -> list[dict]:
     for name, chosen in (("bfloat16", None), ("packed", grid)):
         params = random_packed.parameters(jax.random.key(0), model.parameter_shapes, grid=chosen, dtype=jnp.bfloat16)
         if chosen is not None:
-            params = jgptq.prepack(model.arranged(params, donate=True))
+            params = model.arranged(params, donate=True)
         for row in rows:
             advance, facts = decode.decoder(model, params, row["batch"])
             advance(2)

@@ -7,6 +7,7 @@ from jgptq.finetune import tune
 from jgptq.generate import generate
 from jgptq.grid import Grid
 from jgptq.hessian import Hessian, init_hessian, merge_hessians, update_hessian
+from jgptq.kernels.grouped import grouped_matmul
 from jgptq.kernels.matmul import matmul
 from jgptq.kernels.prepack import prepack, unprepack
 from jgptq.modules import allocate, find_weights, quantize, quantized
@@ -41,6 +42,7 @@ __all__ = [
     "find_weights",
     "generate",
     "gptq",
+    "grouped_matmul",
     "init_hessian",
     "load",
     "matmul",

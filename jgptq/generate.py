@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jgptq.kernels.matmul import has_kernel_for_prepacked
 from jgptq.models.attention import cache_length
 from jgptq.models.language_model import LanguageModel
 
@@ -70,8 +71,8 @@ def generate(
         have at least this probability [Holtzman et al. 2020], after temperature and top_k.
     on_token: called with the new token of each sequence as soon as it is known, -1 where the sequence has ended.
 
-    A model of many packed layers is brought to the order of `LanguageModel.arranged` at each call, beside the one
-    given; params that are in it already spare that copy.
+    A model of many packed layers, or of any number on a Hopper GPU, is brought to the order of `LanguageModel.arranged`
+    at each call, beside the one given; params that are in it already spare that copy.
     """
     prompts, single = _checked_prompts(model, prompt_ids, max_new_tokens)
     _check_sampling(temperature, top_k, top_p, key)
@@ -87,7 +88,7 @@ def generate(
     filled = np.zeros((len(prompts), _bucket(max(lengths), context)), np.int32)
     for row, prompt in zip(filled, prompts, strict=True):
         row[: len(prompt)] = prompt
-    if isinstance(model, LanguageModel) and model.depth > SHALLOW:
+    if isinstance(model, LanguageModel) and (model.depth > SHALLOW or has_kernel_for_prepacked()):
         params = model.arranged(params)
     columns: list[np.ndarray] = []
     if max_new_tokens:

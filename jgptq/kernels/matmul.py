@@ -18,6 +18,7 @@ from jgptq.kernels.prepack import Prepacked, restore
 # xla_codes: sums of inputs times codes, for few rows. These three serve every weight on every platform.
 # hopper: the Mosaic GPU kernel, for Prepacked weights. tpu: the Pallas TPU kernel.
 IMPLEMENTATIONS = ("xla", "xla_slabs", "xla_codes", "hopper", "tpu")
+HOPPER_DTYPES = ("bfloat16", "float16")
 
 
 def matmul(
@@ -196,8 +197,8 @@ def _hopper_refusal(x: Array, weight: Any) -> str | None:
     weight = tensor.form(weight)
     if not isinstance(weight, Prepacked):
         return f"the weight is a {type(weight).__name__}; give jgptq.prepack(weight)"
-    if x.dtype.name not in ("bfloat16", "float16"):
-        return f"x is {x.dtype.name}; cast it to bfloat16 or float16"
+    if x.dtype.name not in HOPPER_DTYPES:
+        return f"x is {x.dtype.name}; cast it to one of {HOPPER_DTYPES}"
     return None
 
 
@@ -248,6 +249,21 @@ def _is_for(kernel: Kernel) -> bool:
         count = len(kinds)
     named = all(any(name in kind for name in kernel.devices) for kind in kinds)
     return bool(kinds) and named and (count <= 1 or divided)
+
+
+def has_kernel_for_prepacked() -> bool:
+    """Whether what is traced now may run the Hopper kernel, where weights are Prepacked."""
+    return _is_for(KERNELS["hopper"])
+
+
+def prefers_prepacked(weight: Any) -> bool:
+    """Whether products with this weight, of inputs in its dtype, would run on that kernel if it were Prepacked."""
+    return (
+        isinstance(weight, tensor.QuantizedTensor)
+        and tensor.has_integer_zeros(weight)
+        and weight.dtype.name in HOPPER_DTYPES
+        and has_kernel_for_prepacked()
+    )
 
 
 @functools.cache

@@ -17,7 +17,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jgptq import tensor
-from jgptq.kernels.prepack import Prepacked, prepack_weight, restore
+from jgptq.kernels.matmul import prefers_prepacked
+from jgptq.kernels.prepack import Prepacked, prepack, prepack_weight, restore
 from jgptq.models.attention import Positions
 from jgptq.models.layers import PACKED, Joined
 
@@ -31,10 +32,12 @@ class Arranged:
     """A model's parameters in the arrangement that LanguageModel.arranged gave them.
 
     params: nested dicts, with a run's layers in the place of a layer. A leaf of a run that repeats is a stack.
+    prepacked: whether arranging also brought kernels to the order of `jgptq.prepack`.
     """
 
     params: Any
     runs: Runs = dataclasses.field(metadata={"static": True})
+    prepacked: bool = dataclasses.field(metadata={"static": True}, default=False)
 
 
 class Repeated(nnx.Module):
@@ -63,23 +66,24 @@ class Repeated(nnx.Module):
         return x
 
 
-def arrange(module: nnx.Module, *, stack_floats: bool, donate: bool) -> Runs:
-    """Joins and stacks what the module holds, leaf by leaf, and says how. Leaves on several devices stay as they are.
+def arrange(module: nnx.Module, *, stack_floats: bool, donate: bool) -> tuple[Runs, bool]:
+    """Joins, stacks and prepacks what the module holds, leaf by leaf; says in what runs, and whether it prepacked.
 
-    stack_floats: layers with other than packed matrices, too. donate: deletes each array that it made another of,
-    but those that stand in several places, as the order of inputs may.
+    Leaves on several devices stay as they are.
+
+    stack_floats: layers with other than packed matrices, too. donate: deletes each array given that it made another
+    of, but those that stand in several places, as the order of inputs may; without, only what it made in between.
     """
     layers = list(module.decoder_layers())
     leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(module, nnx.Param)), is_leaf=_is_packed)
     arrays = jax.tree.leaves(leaves)
     if not (stack_floats or any(map(_is_packed, leaves))) or any(map(_is_spread, arrays)):
-        return ((1, 1),) * len(layers)
+        return ((1, 1),) * len(layers), False
     places = collections.Counter(map(id, arrays))
-    shared = [array for array in arrays if places[id(array)] > 1]
+    kept = [array for array in arrays if not donate or places[id(array)] > 1]
 
     def release(old: Any, new: Any) -> None:
-        if donate:
-            _delete(old, keep=(new, shared))
+        _delete(old, new, kept)
 
     for projections in _sharing_inputs(layers):
         _join(projections, release)
@@ -91,7 +95,7 @@ def arrange(module: nnx.Module, *, stack_floats: bool, donate: bool) -> Runs:
         for first in range(start, start + period) if repeats > 1 else ():
             _stack(layers[first:stop:period], release)
         start = stop
-    return runs
+    return runs, _prepack(module, release)
 
 
 def group(module: nnx.Module, runs: Runs) -> None:
@@ -209,12 +213,27 @@ def _stack(layers: Sequence[nnx.Module], release: Callable[[Any, Any], None]) ->
     nnx.update(layers[0], nnx.State(jax.tree.map(stacked, *states)))
 
 
-def _delete(old: Any, keep: Any) -> None:
-    """Deletes arrays once what was made of them is there; those that it holds as they are stay."""
-    jax.block_until_ready(keep)
-    kept = {id(array) for array in jax.tree.leaves(keep)}
+def _prepack(module: nnx.Module, release: Callable[[Any, Any], None]) -> bool:
+    """Brings kernels to the order of the GPU's kernel where there is one for them, and says whether there was any."""
+    found = False
+    for _, projection in nnx.iter_modules(module):
+        kernel = projection.kernel.get_value() if hasattr(projection, "kernel") else None
+        if prefers_prepacked(kernel.weight if isinstance(kernel, Joined) else kernel):
+            packed = prepack(kernel)
+            projection.kernel.set_value(packed)
+            release(kernel, packed)
+            found = True
+    return found
+
+
+def _delete(old: Any, new: Any, kept: Sequence[Array]) -> None:
+    """Deletes arrays once what was made of them is there, but those that it holds as they are, and those to be kept."""
+    if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(new)):
+        return
+    jax.block_until_ready(new)
+    stay = {id(array) for array in (*jax.tree.leaves(new), *kept)}
     for array in jax.tree.leaves(old):
-        if isinstance(array, jax.Array) and id(array) not in kept and not array.is_deleted():
+        if isinstance(array, jax.Array) and id(array) not in stay and not array.is_deleted():
             array.delete()
 
 

@@ -228,5 +228,5 @@ class TestMessages:
 
     def test_another_dtype(self):
         weight = jgptq.prepack(make_weight(4, 64, 10, 32, False, False))
-        with pytest.raises(ValueError, match="x is float32; cast it to bfloat16 or float16"):
+        with pytest.raises(ValueError, match=r"x is float32; cast it to one of \('bfloat16', 'float16'\)"):
             jgptq.matmul(jnp.ones((3, 64)), weight, implementation="hopper")

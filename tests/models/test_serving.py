@@ -281,6 +281,27 @@ def test_saved_as_it_was(tmp_path):
         assert (tmp_path / "arranged" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
+def test_on_a_hopper_gpu_kernels_come_to_its_order(monkeypatch):
+    """Those that its kernel multiplies; and generate does it for a model of any depth."""
+    model = language_model(tie_word_embeddings=True)
+    params = random_params(model, dtype=jnp.bfloat16)
+    table, _ = jgptq.rtn(params["model"]["embed_tokens"]["embedding"].astype(jnp.float32), GRID)
+    params["model"]["embed_tokens"]["embedding"] = dataclasses.replace(table, dtype=jnp.dtype(jnp.bfloat16))
+    here, seen = model.arranged(params), []
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=HOPPER)):
+        arranged = model.arranged(params)
+        assert not model.arranged(random_params(model)).prepacked  # its activations are float32
+        monkeypatch.setattr(LanguageModel, "prefill", lambda self, params, *rest: seen.append(params))
+        with pytest.raises(TypeError):  # None, in place of logits and a cache
+            jgptq.generate(model, params, [1, 2, 3], max_new_tokens=1)
+    assert [params.prepacked for params in seen] == [True]
+    assert arranged.prepacked
+    assert not here.prepacked
+    assert_same(arranged.params["model"]["layers"], jgptq.prepack(here.params["model"]["layers"]))
+    assert_same(arranged.params["model"]["embed_tokens"], params["model"]["embed_tokens"])
+    assert_same(model.plain(arranged), params)
+
+
 def test_projections_of_other_forms_stay_apart():
     weight = random_params(language_model())["lm_head"]["kernel"]
     order = jnp.arange(32)
