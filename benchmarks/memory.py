@@ -8,8 +8,9 @@ lazily, finished weights in the journal, activations on the host, eight windows 
     hidden 1024, intermediate 2816, 24 layers            # the largest tensor has 11.5 MB, its Hessian 32 MB
     hidden  512, intermediate 1408, 90 layers            # 2.9 MB, 8 MB
 
-with heads of 64, a key/value head for four, and the bundled tokenizer's vocabulary of 1024. The first is measured
-again without the settings that the command line makes for its process (see jgptq.cli).
+with heads of 64, a key/value head for four, and the bundled tokenizer's vocabulary of 1024; plain GPTQ
+(`--quality fast`). The first is measured again at the default quality, which carries the float model's activations
+along and holds their moments, and without the settings that the command line makes for its process (see jgptq.cli).
 
 The peak is ru_maxrss; VmHWM of /proc/<pid>/status, read every 20 ms, must agree. Both count every page the process had
 in memory, also those of the Python, JAX and XLA libraries: a process that imports the same modules and compiles one
@@ -112,16 +113,18 @@ def measure(command: list[str]) -> dict:
     }
 
 
-def case(home: Path, shape: tuple[int, int, int], program: list[str], baseline: int) -> dict:
+def case(home: Path, shape: tuple[int, int, int], quality: str, program: list[str], baseline: int) -> dict:
     hidden, intermediate, layers = shape
     # Elsewhere, for a child's ru_maxrss starts with the memory of its parent.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         nbytes = pool.apply(make_model, (home / "model", *shape))
     command = [*program, "quantize", str(home / "model"), str(home / "out"), "--calibration", str(home / "text.txt")]
-    run = measure([*command, "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN), "--offload", "host"])
+    command += ["--quality", quality, "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN), "--offload", "host"]
+    run = measure(command)
     # What waits on the host when it is most: the residual stream and the gated product, of all tokens.
-    activations = 4 * SAMPLES * SEQ_LEN * (hidden + intermediate)
+    activations = 4 * SAMPLES * SEQ_LEN * (hidden + intermediate) * (1 if quality == "fast" else 2)
     return {
+        "quality": quality,
         "hidden": hidden,
         "intermediate": intermediate,
         "layers": layers,
@@ -141,11 +144,17 @@ def main() -> None:
     options = parser.parse_args()
     alone = libraries()
     cases = []
-    for shape, program in ((SHAPES[0], COMMAND), (SHAPES[1], COMMAND), (SHAPES[0], PLAIN)):
+    cases_to_run = (
+        (SHAPES[0], "fast", COMMAND),
+        (SHAPES[1], "fast", COMMAND),
+        (SHAPES[0], "balanced", COMMAND),
+        (SHAPES[0], "fast", PLAIN),
+    )
+    for shape, quality, program in cases_to_run:
         with tempfile.TemporaryDirectory(prefix="jgptq-memory-") as name:
             home = Path(name)
             (home / "text.txt").write_text("\n".join(f.read_text() for f in sorted((ROOT / "jgptq").rglob("*.py"))))
-            cases.append(case(home, shape, program, alone["VmRSS"]))
+            cases.append(case(home, shape, quality, program, alone["VmRSS"]))
         print("\n".join(f"{name:40} {value}" for name, value in cases[-1].items()), flush=True)
     result = {
         "command": "python benchmarks/memory.py",
@@ -164,11 +173,15 @@ def main() -> None:
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print("in MB; net: the peak less what the libraries alone take, and less the activations")
     parts = ("model_bytes", "peak", "libraries", "activations", "net")
-    print("".join(f"{name:>15}" for name in ("shape", "settings", *parts)))
+    print("".join(f"{name:>15}" for name in ("shape", "quality", "settings", *parts)))
     for row in cases:
         shape = ",".join(str(row[name]) for name in ("hidden", "intermediate", "layers"))
         made = "made" if row["process_settings"] else "none"
-        print("".join(f"{text:>15}" for text in (shape, made, *(f"{row[part] / 1e6:,.0f}" for part in parts))))
+        print(
+            "".join(
+                f"{text:>15}" for text in (shape, row["quality"], made, *(f"{row[part] / 1e6:,.0f}" for part in parts))
+            )
+        )
 
 
 if __name__ == "__main__":
