@@ -125,7 +125,7 @@ def quantize(
         how much the float model's loss minds errors there: H = Σ g x xᵀ, g in proportion to the squared gradient of
         the loss in the product's result, averaged over outputs. Those of batched, grouped and convolution products and
         inside scans count alike, as all do without it. Takes memory for the whole model, and its activations on one
-        batch, at once. An option to try: it gained nothing on the small models of docs/architecture.md.
+        batch, at once. An option to try: it gained nothing or lost on small models.
     progress: called with each finished row, its number from 1 and the number of rows.
     finished: weights and rows by row path. What it holds is not solved again, and each new weight goes into it at
         once and is not kept otherwise: give a mapping on disk to bound memory, and to go on after an interruption.
