@@ -14,6 +14,7 @@ from pathlib import Path
 
 # The plugin would ask the network of a cloud's machine what TPUs it has.
 os.environ |= {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is there to be kept for one process
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
