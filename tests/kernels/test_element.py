@@ -50,6 +50,14 @@ def test_a_scan_makes_no_copy_of_codes(stack):
     assert program.memory_analysis().temp_size_in_bytes < stack.codes.nbytes / LAYERS
 
 
+def test_a_slab_is_read_in_the_stack(stack):
+    """Of 32 inputs, 4 words; the whole weight has 32."""
+    product = jax.jit(lambda x, index: jgptq.matmul(x, tensor.Element(stack=stack, index=index)))
+    text = product.lower(inputs(9, INPUTS), 1).as_text()
+    assert f"tensor<1x4x{OUTPUTS}xui32>" in text
+    assert f"tensor<1x32x{OUTPUTS}xui32>" not in text
+
+
 def test_derivatives_and_batches(stack):
     x, index = inputs(LAYERS, 2, INPUTS), jnp.arange(LAYERS)
 
