@@ -16,28 +16,30 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jgptq.kernels.matmul import matmul
 from jgptq.kernels.prepack import Prepacked
-from jgptq.tensor import Element, Layout, QuantizedTensor
+from jgptq.tensor import Element, Layout, QuantizedTensor, form, taken
 
 MOST_ROWS = 512  # of a tile: decoding a matrix takes a tenth of its product's time
 
 
 def grouped_matmul(
     x: Float[Array, "rows in"],
-    weight: QuantizedTensor | Prepacked,
+    weight: QuantizedTensor | Prepacked | Element,
     counts: Int[Array, " groups"],
     *,
     preferred_element_type: Any = None,
 ) -> Float[Array, "rows out"]:
     """lax.ragged_dot(x, weight, counts): counts[0] rows times weight's first matrix, the next counts[1] its second, ….
 
-    weight: a stack of matrices, codes (groups, ., .). Rows after the last group give zeros. The product is summed in
-    float32; its dtype is preferred_element_type, or x's. Differentiable with respect to x, in both modes.
+    weight: a stack of matrices, codes (groups, ., .); or an Element, which is one of several such stacks.
+    Rows after the last group give zeros. The product is summed in float32; its dtype is preferred_element_type, or x's.
+    Differentiable with respect to x, in both modes.
     """
-    if not isinstance(weight, QuantizedTensor | Prepacked):
-        raise TypeError(f"weight is a {type(weight).__name__}; give a QuantizedTensor, or use jax.lax.ragged_dot")
-    if weight.codes.ndim != 3 or weight.codes.shape[0] != counts.shape[0]:
+    stacks = form(weight)
+    if not isinstance(stacks, QuantizedTensor | Prepacked):
+        raise TypeError(f"weight is a {type(stacks).__name__}; give a QuantizedTensor, or use jax.lax.ragged_dot")
+    if stacks.codes.ndim != 3 + isinstance(weight, Element) or stacks.codes.shape[-3] != counts.shape[0]:
         raise ValueError(
-            f"weight has codes {tuple(weight.codes.shape)}, but there are {counts.shape[0]} counts; "
+            f"weight has codes {tuple(stacks.codes.shape)}, but there are {counts.shape[0]} counts; "
             "give a stack of one matrix for each count"
         )
     if x.shape[-1] != weight.in_features:
@@ -46,9 +48,13 @@ def grouped_matmul(
             f"give x as (rows, {weight.in_features})"
         )
     dtype = jnp.dtype(preferred_element_type or x.dtype)
-    matrices = dataclasses.replace(weight, layout=Layout.dense(weight.in_features, weight.out_features))
+    first, matrices = 0, dataclasses.replace(stacks, layout=Layout.dense(weight.in_features, weight.out_features))
+    if isinstance(weight, Element):  # all stacks are one, in which the groups of this one begin at `first`
+        first = weight.index * counts.shape[0]
+        matrices = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), matrices)
     if not isinstance(x.shape[0], int):  # a symbol, in a program to be exported, which may stand for many rows
-        return lax.ragged_dot(x, matrices.dequantize().astype(x.dtype), counts, preferred_element_type=dtype)
+        dense = dataclasses.replace(taken(weight), layout=matrices.layout).dequantize()
+        return lax.ragged_dot(x, dense.astype(x.dtype), counts, preferred_element_type=dtype)
     if x.shape[0] == 0:
         return jnp.zeros((0, weight.out_features), dtype)
     tiles = _tiles(counts, x.shape[0])
@@ -58,7 +64,7 @@ def grouped_matmul(
         x, group, used = tile
 
         def product(x: Array) -> Array:
-            return matmul(x, Element(stack=matrices, index=group), preferred_element_type=dtype)
+            return matmul(x, Element(stack=matrices, index=first + group), preferred_element_type=dtype)
 
         if x.shape[0] == 1:  # all tiles are used; and a GPU would wait for the choice
             return None, product(x)

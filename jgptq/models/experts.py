@@ -6,10 +6,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jgptq import tensor
 from jgptq.kernels.grouped import grouped_matmul
-from jgptq.kernels.prepack import Prepacked
-from jgptq.models.layers import ACTIVATIONS, Group, Linear, precision
+from jgptq.models.layers import ACTIVATIONS, PACKED, Group, Linear, precision
 
 
 class ExpertLinear(nnx.Module):
@@ -21,7 +19,7 @@ class ExpertLinear(nnx.Module):
     def __call__(self, x: Float[Array, "rows in"], counts: Int[Array, " experts"]) -> Float[Array, "rows out"]:
         """The first counts[0] rows times the first expert's matrix, the next counts[1] times the second's, and on."""
         kernel = self.kernel.get_value()
-        if isinstance(kernel, tensor.QuantizedTensor | Prepacked):
+        if isinstance(kernel, PACKED):
             return grouped_matmul(x, kernel, counts)
         return lax.ragged_dot(x, kernel.astype(x.dtype), counts, precision=precision(x.dtype))
 

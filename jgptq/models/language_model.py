@@ -110,7 +110,7 @@ class LanguageModel:
         groups, symmetry and order of inputs are the same. Layers that differ in nothing but values are stacked, and run
         under a scan, so that compiling takes no longer for a deep model than for a shallow one. On an NVIDIA Hopper GPU
         packed kernels of bfloat16 and float16 models come to the order of the kernel there, as by `jgptq.prepack`.
-        stack_floats: stacks layers with float matrices or experts as well, at a copy of those for every token.
+        stack_floats: stacks layers with large float matrices as well, at a copy of those for every token.
         donate: deletes arrays as soon as their place is taken, so that memory holds the model but once, and one leaf.
         """
         if isinstance(params, serving.Arranged):

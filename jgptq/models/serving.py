@@ -2,7 +2,7 @@
 
 A scan over stacks compiles one layer whatever the depth. Packed kernels are read in their stack by the product itself
 (`tensor.Element`); anything else that a scan takes out of a stack is a copy at every token. On 2 cores of a Xeon that
-makes a float32 model decode four times slower, so by default layers with float matrices or with experts stay apart.
+makes a float32 model decode four times slower, so by default layers of which much is in float stay apart.
 """
 
 import collections
@@ -22,6 +22,9 @@ from jgptq.kernels.prepack import Prepacked, prepack, prepack_weight, restore
 from jgptq.models.attention import Positions
 from jgptq.models.layers import PACKED, Joined
 
+# Layers are stacked where float matrices, which a scan copies, have at most a LIGHT-th of the bytes of packed ones: the
+# router of a mixture of experts.
+LIGHT = 16
 # (period, repeats) of the runs that make up a model's layers: `period` layers, and again, `repeats` times in all.
 Runs = tuple[tuple[int, int], ...]
 
@@ -149,11 +152,10 @@ def runs_of(kinds: Sequence[Hashable]) -> Runs:
 def _kind(layer: nnx.Module, stack_floats: bool) -> Hashable:
     """Equal for layers that differ in nothing but the values of their parameters, if a scan may go over them."""
     params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
-    light = (
-        leaf.codes.ndim == 2 if _is_packed(leaf) else leaf.ndim < 2
-        for leaf in jax.tree.leaves(params, is_leaf=_is_packed)
-    )
-    if not (stack_floats or all(light)):
+    weights = jax.tree.leaves(params, is_leaf=_is_packed)
+    packed = sum(leaf.nbytes for leaf in weights if _is_packed(leaf))
+    copied = sum(leaf.nbytes for leaf in weights if not _is_packed(leaf) and leaf.ndim > 1)
+    if not stack_floats and copied * LIGHT > packed:
         return object()
     leaves, tree = jax.tree.flatten(params)
     return nnx.graphdef(layer), tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
@@ -238,9 +240,9 @@ def _delete(old: Any, new: Any, kept: Sequence[Array]) -> None:
 
 
 def _taken(leaf: Any, index: Int[Array, ""]) -> Any:
-    """One of a stack: of packed matrices where it is, of anything else as a slice."""
+    """One of a stack: of packed matrices, or of experts', where it is; of anything else as a slice."""
     element = tensor.Element(stack=leaf, index=index)
-    return element if _is_packed(leaf) and leaf.codes.ndim == 3 else element.taken()
+    return element if _is_packed(leaf) else element.taken()
 
 
 def _is_spread(array: Any) -> bool:

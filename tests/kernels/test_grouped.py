@@ -101,6 +101,9 @@ def test_under_vmap_and_scan():
     np.testing.assert_allclose(mapped, expected, rtol=1e-4, atol=1e-4)
     scanned = jax.lax.scan(lambda carry, step: (carry, grouped_matmul(*step)), 0, (x, weight, sizes))[1]
     np.testing.assert_allclose(scanned, expected, rtol=1e-4, atol=1e-4)
+    chosen = jax.jit(lambda x, index, sizes: grouped_matmul(x, tensor.Element(stack=weight, index=index), sizes))
+    for layer in range(2):
+        np.testing.assert_array_equal(chosen(x[layer], layer, sizes[layer]), scanned[layer])
     each = jax.vmap(grouped_matmul, in_axes=(0, None, 0))(x, layers[0], sizes)
     np.testing.assert_allclose(
         each[1], exact(x[1], np.asarray(layers[0].dequantize()), counts[1]), rtol=1e-4, atol=1e-4

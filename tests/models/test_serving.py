@@ -199,14 +199,37 @@ def test_what_a_scan_would_copy_is_not_stacked():
     assert arranged.runs == ((1, 1), (1, 1))
     for one, other in zip(jax.tree.leaves(arranged), jax.tree.leaves(params), strict=True):
         assert one is other
-    moe = language_model("qwen3_moe", **OTHERS["qwen3_moe"] | {"decoder_sparse_step": 1, "num_hidden_layers": 2})
+
+
+@pytest.mark.parametrize("order", [lambda params: params, jgptq.prepack], ids=["stored", "prepacked"])
+def test_packed_experts_under_a_scan(order):
+    """With their router in float, as checkpoints have it."""
+    fields = OTHERS["qwen3_moe"] | {"decoder_sparse_step": 1, "num_hidden_layers": 3, "moe_intermediate_size": 48}
+    model = language_model("qwen3_moe", **fields)
+
+    def packed(path, leaf):
+        if path[-1].key != "kernel" or path[-2].key == "gate":
+            return leaf
+        return jgptq.rtn(leaf, GRID)[0] if leaf.ndim == 2 else jax.vmap(lambda w: jgptq.rtn(w, GRID)[0])(leaf)
+
+    params = order(jax.tree.map_with_path(packed, random_params(model, grid_of=lambda path: None)))
+    arranged = model.arranged(params)
+    assert arranged.runs == ((1, 3),)
+    assert_same(model.plain(arranged), params)
+    tokens = np.random.default_rng(1).integers(0, 40, (2, 7))
+    expected = np.asarray(jax.jit(model.apply)(params, tokens))
+    np.testing.assert_allclose(logits_of_steps(model, arranged, tokens), expected[:, 4:], atol=2e-4, rtol=2e-4)
+
+
+def test_float_experts_are_not_stacked():
+    model = language_model("qwen3_moe", **OTHERS["qwen3_moe"] | {"decoder_sparse_step": 1, "num_hidden_layers": 2})
     packed = jax.eval_shape(
         lambda params: jax.tree.map_with_path(
             lambda path, leaf: jgptq.rtn(leaf, GRID)[0] if path[-1].key == "kernel" and leaf.ndim == 2 else leaf, params
         ),
-        moe.parameter_shapes,
+        model.parameter_shapes,
     )
-    assert jax.eval_shape(moe.arranged, packed).runs == ((1, 1), (1, 1))
+    assert jax.eval_shape(model.arranged, packed).runs == ((1, 1), (1, 1))
 
 
 def test_one_layer_is_compiled_and_calls_the_kernel_for_each_product():
