@@ -19,7 +19,7 @@ from jgptq.executor import Executor, part_key
 from jgptq.grid import BITS, Grid
 from jgptq.hessian import Hessian
 from jgptq.quantize import Options, Rule, checked_rules, chosen_sites, settings_of, share
-from jgptq.solvers import Method
+from jgptq.solvers import AWQ, Method
 from jgptq.tensor import Layout
 from jgptq.tracing.gradients import Loss
 from jgptq.tracing.graph import Part, Site, Step
@@ -235,7 +235,8 @@ def _errors(
     for length in dict.fromkeys(grids[number].group_length(hessian.in_features) for number in numbers):
         alike = [number for number in numbers if grids[number].group_length(hessian.in_features) == length]
         prepared = hessian
-        if w.ndim == 2 and hasattr(method, "prepare"):
+        # AWQ prepares for scales, which it has yet to find for each weight.
+        if w.ndim == 2 and hasattr(method, "prepare") and not isinstance(method, AWQ):
             prepared = method.prepare(hessian, grids[alike[0]])
         for number in alike:
             found[number], output = map(float, _relative_error(w, prepared, grids[number], method))

@@ -130,6 +130,12 @@ def test_the_loss_says_where_bits_go(case):
     assert at_once["loud"] == at_once["quiet"]  # they read the same activations
 
 
+def test_awq_solves_the_candidates(case):
+    rules = jgptq.allocate(network, *case, average_bits=4.5, grids=GRIDS, method="awq")
+    params, _ = jgptq.quantize(network, *case, rules=rules, method="rtn")
+    assert 4.0 < stored_average(params) <= 4.5
+
+
 def test_given_rules_are_kept_and_count(case):
     given = [
         ("loud", Options(grid=Grid(bits=8, group_size=8), method="rtn")),
