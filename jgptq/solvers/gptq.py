@@ -47,7 +47,7 @@ class GPTQ:
     act_order: ActOrder = "group"
     damp: float = 0.01
     block_size: int = 128
-    scale_search: ScaleSearch = "in_loop"
+    scale_search: ScaleSearch | str = "in_loop"
     sweeps: int = 2
     targets: Targets | None = dataclasses.field(default_factory=Targets)
     bias_correction: bool = False
