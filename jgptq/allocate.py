@@ -19,7 +19,7 @@ from jgptq.executor import Executor, part_key
 from jgptq.grid import BITS, Grid
 from jgptq.hessian import Hessian
 from jgptq.quantize import Options, Rule, checked_rules, chosen_sites, settings_of, share
-from jgptq.solvers import Method
+from jgptq.solvers import AWQ, Method
 from jgptq.tensor import Layout
 from jgptq.tracing.gradients import Loss
 from jgptq.tracing.graph import Part, Site, Step
@@ -126,10 +126,10 @@ def allocation(costs: np.ndarray, sizes: np.ndarray, budget: float | int, *, uni
             f"costs {costs.shape} and sizes {sizes.shape}; give two (weights, choices) with a finite choice for each"
         )
     smallest = np.where(allowed, sizes, np.inf).min(axis=1)
-    left = math.floor(budget - smallest.sum())
-    if left < 0:
+    if budget < smallest.sum():
         raise ValueError(f"a budget of {budget:g}, but the smallest choices take {smallest.sum():g}; give more")
     extra = np.where(allowed, sizes - smallest[:, None], 0).astype(np.int64)
+    left = min(math.floor(budget - smallest.sum()), int(extra.max(axis=1).sum()))
     unit = max(int(np.gcd.reduce(extra, axis=None)), -(-left // units), 1)
     extra, room = -(-extra // unit), left // unit
     # best[s]: the least cost of the weights so far with at most s units.
@@ -163,7 +163,7 @@ def _sizes(layout: Layout, grids: Sequence[Grid], numbers: Sequence[int]) -> np.
 
 def _checked_budget(average_bits: Any, elements: int, least: float) -> float:
     """The budget in bits of weights with so many elements, that take so many bits at least."""
-    if isinstance(average_bits, bool) or not isinstance(average_bits, int | float) or not average_bits > 0:
+    if isinstance(average_bits, bool) or not isinstance(average_bits, int | float) or not 0 < average_bits < math.inf:
         raise ValueError(f"average_bits={average_bits!r}; give a positive number of bits a weight, such as 3.5")
     if least > average_bits * elements:
         raise ValueError(
@@ -235,7 +235,8 @@ def _errors(
     for length in dict.fromkeys(grids[number].group_length(hessian.in_features) for number in numbers):
         alike = [number for number in numbers if grids[number].group_length(hessian.in_features) == length]
         prepared = hessian
-        if w.ndim == 2 and hasattr(method, "prepare"):
+        # AWQ prepares for scales, which it has yet to find for each weight.
+        if w.ndim == 2 and hasattr(method, "prepare") and not isinstance(method, AWQ):
             prepared = method.prepare(hessian, grids[alike[0]])
         for number in alike:
             found[number], output = map(float, _relative_error(w, prepared, grids[number], method))

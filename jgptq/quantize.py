@@ -167,7 +167,7 @@ def quantize(
         if todo or correct_biases:
             hessian, drift = executor.moments(step)
             targets = _all_targets(executor, step, todo, hessian, drift, plan)
-            known = [finished[names[part_key(part)]][0].input_scales for part in done]
+            known = {own[part.leaf][1]: finished[names[part_key(part)]][0].input_scales for part in done}
             scales = _input_scales(executor, todo, targets, hessian, own, known)
             shared = _prepared(hessian, {part.leaf: own[part.leaf] for part in todo}, scales)
             hessian = drift = None
@@ -317,14 +317,15 @@ def _own_settings(step: Step, plan: dict, several: set[int], folds: bool) -> dic
 
 
 def _input_scales(
-    executor: Executor, todo: Sequence[Part], targets: dict, hessian: Hessian, own: dict, known: Sequence[Any]
+    executor: Executor, todo: Sequence[Part], targets: dict, hessian: Hessian, own: dict, known: dict[Method, Any]
 ) -> dict[Method, jax.Array]:
-    """The scales of a step's inputs for each method that has such. known: those of its weights that are finished."""
+    """The scales of a step's inputs for each method that has such. known: those of finished weights, by method."""
     found = {}
     for method in {own[part.leaf][1] for part in todo if isinstance(own[part.leaf][1], AWQ)}:
         shape = hessian.total.shape[:-1]
-        if known:
-            found[method] = jnp.ones(shape) if known[0] is None else jnp.asarray(known[0][...]).reshape(shape)
+        if method in known:
+            scales = known[method]
+            found[method] = jnp.ones(shape) if scales is None else jnp.asarray(scales[...]).reshape(shape)
             continue
         parts = [part for part in todo if own[part.leaf][1] == method]
         grids = tuple(own[part.leaf][0] for part in parts)

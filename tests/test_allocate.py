@@ -29,7 +29,7 @@ def test_no_other_allocation_within_the_budget_costs_less(seed):
     costs, sizes = rng.random((4, 5)), rng.integers(1, 40, (4, 5)) * 6
     costs[rng.random(costs.shape) < 0.2] = np.inf
     costs[:, 0] = 5.0
-    for budget in (sizes[:, 0].sum(), 300, 500, 10_000):
+    for budget in (sizes[:, 0].sum(), 300, 500, 10_000, 10**30):
         allowed = np.where(np.isfinite(costs), sizes, 10**9)
         if allowed.min(axis=1).sum() > budget:
             continue
@@ -130,6 +130,12 @@ def test_the_loss_says_where_bits_go(case):
     assert at_once["loud"] == at_once["quiet"]  # they read the same activations
 
 
+def test_awq_solves_the_candidates(case):
+    rules = jgptq.allocate(network, *case, average_bits=4.5, grids=GRIDS, method="awq")
+    params, _ = jgptq.quantize(network, *case, rules=rules, method="rtn")
+    assert 4.0 < stored_average(params) <= 4.5
+
+
 def test_given_rules_are_kept_and_count(case):
     given = [
         ("loud", Options(grid=Grid(bits=8, group_size=8), method="rtn")),
@@ -179,8 +185,9 @@ def test_messages(case):
         ValueError, match=r"average_bits=2.5; with scales and zeros the smallest choice takes 3.125 bits"
     ):
         jgptq.allocate(network, *case, average_bits=2.5, grids=GRIDS)
-    with pytest.raises(ValueError, match=r"average_bits=-1\.0; give a positive number"):
-        jgptq.allocate(network, *case, average_bits=-1.0, grids=GRIDS)
+    for number in (-1.0, math.inf):
+        with pytest.raises(ValueError, match=rf"average_bits={number}; give a positive number"):
+            jgptq.allocate(network, *case, average_bits=number, grids=GRIDS)
     with pytest.raises(TypeError, match=r"give a sequence of jgptq\.Grid"):
         jgptq.allocate(network, *case, average_bits=4, grids=())
     bad = [(np.full((48, 32), np.nan, np.float32),)]

@@ -251,15 +251,17 @@ def test_less_error_than_rounding_and_gptq_composes():
     assert both < awq
 
 
-def test_finished_weights_give_the_same_result():
-    """A run goes on after any weight: the scales of a step are those of its weights that are done."""
+@pytest.mark.parametrize("other", [None, RTN(), AWQ(solver=RTN(), points=2)])
+def test_finished_weights_give_the_same_result(other):
+    """A run goes on after any weight: the scales of a step are those of its weights of one method that are done."""
     f, params, *_ = CASES["norm of two"]
-    whole, _ = jgptq.quantize(f, params, X, grid=GRID, method=FAST)
+    settings = {"grid": GRID, "method": FAST, "rules": [("a", Options(method=other))]}
+    whole, _ = jgptq.quantize(f, params, X, **settings)
     finished = {}
-    jgptq.quantize(f, params, X, grid=GRID, method=FAST, finished=finished)
-    assert all(weight.input_scales is not None for weight, _ in finished.values())
+    jgptq.quantize(f, params, X, finished=finished, **settings)
+    assert finished["b"][0].input_scales is not None
     del finished["b"]
-    packed, _ = jgptq.quantize(f, params, X, grid=GRID, method=FAST, finished=finished)
+    packed, _ = jgptq.quantize(f, params, X, finished=finished, **settings)
     for old, new in zip(jax.tree.leaves(whole), jax.tree.leaves(packed), strict=True):
         np.testing.assert_array_equal(old, new)
 

@@ -51,6 +51,10 @@ class AWQ:
         return getattr(self.solver, "targets", None)
 
     @property
+    def bias_correction(self) -> bool:
+        return getattr(self.solver, "bias_correction", False)
+
+    @property
     def act_order(self) -> Any:
         return getattr(self.solver, "act_order", False)
 

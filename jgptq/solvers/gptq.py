@@ -11,7 +11,7 @@ the sum over earlier blocks is a matrix product, and only the last few inputs go
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +47,16 @@ class GPTQ:
     act_order: ActOrder = "group"
     damp: float = 0.01
     block_size: int = 128
-    scale_search: ScaleSearch = "in_loop"
+    scale_search: ScaleSearch | str = "in_loop"
     sweeps: int = 2
     targets: Targets | None = dataclasses.field(default_factory=Targets)
     bias_correction: bool = False
     name: str = dataclasses.field(default="gptq", init=False)
+
+    def __post_init__(self):
+        _check_options(self.act_order, self.damp, self.block_size, self.scale_search, self.sweeps)
+        if not isinstance(self.targets, Targets | None):
+            raise TypeError(f"targets={self.targets!r}; give a Targets value, or None")
 
     def prepare(self, hessian: Hessian, grid: Grid) -> "Prepared":
         """What `solve` takes in the Hessian's place to solve several weights with one factorization."""
@@ -119,6 +124,12 @@ def gptq(
     """
     check_weight(w, grid)
     check_hessian(w, hessian)
+    _check_options(act_order, damp, block_size, scale_search, sweeps)
+    prepared = _prepare(hessian, grid.group_length(w.shape[0]), damp, act_order, block_size)
+    return _solve_prepared(w, prepared, grid, act_order, block_size, scale_search, sweeps)
+
+
+def _check_options(act_order: Any, damp: Any, block_size: Any, scale_search: Any, sweeps: Any) -> None:
     # 0 and 1 equal False and True, but are not them.
     if not isinstance(act_order, bool | str) or act_order not in ACT_ORDERS:
         raise ValueError(f"act_order={act_order!r}; choose one of {ACT_ORDERS}")
@@ -131,8 +142,6 @@ def gptq(
     if sweeps and act_order == "static":
         raise ValueError('sweeps go over whole groups, which act_order="static" takes apart; use "group", or sweeps=0')
     check_damp(damp)
-    prepared = _prepare(hessian, grid.group_length(w.shape[0]), damp, act_order, block_size)
-    return _solve_prepared(w, prepared, grid, act_order, block_size, scale_search, sweeps)
 
 
 def _solve_prepared(w, prepared, grid, act_order, block_size, scale_search, sweeps):

@@ -114,7 +114,8 @@ def _again(target, codes, scale, zero, own: GroupFactors, grid, sizes) -> _Choic
     def loss(scale):
         return _loss(target - grids.decode(codes.astype(target.dtype), scale[None], zero[None]), own)
 
-    return _Choice(codes, jnp.where(loss(fitted) < loss(scale), fitted, scale), zero)
+    better = (loss(fitted) < loss(scale)) & ((fitted > 0) == (scale > 0))  # some grids have positive scales alone
+    return _Choice(codes, jnp.where(better, fitted, scale), zero)
 
 
 def one_by_one(

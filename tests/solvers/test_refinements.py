@@ -184,3 +184,5 @@ def test_bad_options_are_named(options, message):
     w, x = reference.problem(16, 4, tokens=50)
     with pytest.raises(ValueError, match=message):
         jgptq.gptq(jnp.asarray(w), hessian_of(x), jgptq.Grid(group_size=8), **options)
+    with pytest.raises(ValueError, match=message):
+        jgptq.GPTQ(**options)

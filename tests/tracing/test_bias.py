@@ -1,12 +1,14 @@
 """Bias correction: mean outputs over calibration are the float model's, wherever the bias stands; others stay."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jgptq
-from jgptq import GPTQ, Grid, QuantizedTensor, Targets
+from jgptq import AWQ, GPTQ, Grid, QuantizedTensor, Targets
 from jgptq.solvers.bias import bias_correction
 
 WIDTH, HIDDEN = 16, 24
@@ -89,6 +91,18 @@ def test_mean_outputs_are_the_float_models(case, targets):
     for name in ("shared", "scale"):
         np.testing.assert_array_equal(packed[f"{name}_bias"], params[f"{name}_bias"])
         assert abs(found[name] - exact[name]).max() > 1e-3
+
+
+def test_awq_corrects_biases_if_its_solver_is_to(case):
+    params, batches = case
+    method = GPTQ(scale_search=None, sweeps=0, targets=None, bias_correction=True)
+    exact = means(params, batches)
+    for solver, least, most in ((method, 0.0, 2e-3), (dataclasses.replace(method, bias_correction=False), 1e-2, 10.0)):
+        packed, _ = jgptq.quantize(network, params, batches, grid=GRID, method=AWQ(solver=solver))
+        found = means(packed, batches)
+        # Not "left", which takes the scales of what it becomes; float16 rounds its own scales once more for that.
+        for name in ("heads", "down", "layers[0]", "layers[1]"):
+            assert least <= abs(found[name] - exact[name]).max() < most, name
 
 
 def test_without_it_no_bias_changes_and_means_do(case):
