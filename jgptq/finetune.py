@@ -36,8 +36,9 @@ def tune(
     f: gives logits (…, vocabulary) of the next token; params: its float parameters, packed: what `quantize` made of
     them. batches: as for `quantize`; every eighth, and at least one, is kept back to judge by.
     Trained are the scales of every QuantizedTensor, each by a factor, and the float leaves of at most one axis (norms
-    and biases). Codes and zeros stay, and scales are rounded to their dtype again, so the format is the same. One batch
-    a step, Adam with a learning rate (of the relative change) that falls to zero on a cosine.
+    and biases) by shares of their root mean square, so that leaves of zeros stay zero. Codes and zeros stay, and scales
+    are rounded to their dtype again, so the format is the same. One batch a step, Adam with a learning rate (of the
+    relative change) that falls to zero on a cosine.
 
     Returns the parameters with the lower KL on the batches kept back, and both figures.
     """

@@ -66,13 +66,15 @@ def quantize_arguments(home, out, *more):
         "32",
         "--group-size",
         "16",
+        "--quality",
+        "fast",
         *more,
     ]
 
 
 @pytest.fixture(scope="module")
 def packed(home):
-    assert cli.main(quantize_arguments(home, home / "packed", "--bits", "3")) == 0
+    assert cli.main(quantize_arguments(home, home / "packed", "--bits", "3", "--quality", "balanced", "--tune")) == 0
     return home / "packed"
 
 

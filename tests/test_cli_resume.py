@@ -35,6 +35,7 @@ def home(tmp_path_factory):
 
 def arguments(home, out, *more):
     data = ["quantize", str(home / "model"), str(out), "--calibration", str(home / "text.txt")]
+    data += ["--quality", "fast"]
     return [*data, "--samples", "8", "--seq-len", "64", "--group-size", "32", *more]
 
 
