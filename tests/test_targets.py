@@ -224,7 +224,7 @@ def test_bad_strengths_are_named(options):
 @pytest.mark.parametrize(("quality", "most"), [("fast", 0.95), ("balanced", 0.4), ("best", 0.4)])
 def test_each_quality_is_closer_than_rounding(params, quality, most):
     packed, _ = jgptq.quantize(looped, params, batches(), grid=GRID, quality=quality)
-    rounded, _ = jgptq.quantize(looped, params, batches(), grid=GRID, method="rtn")
+    rounded, _ = jgptq.quantize(looped, params, batches(), grid=GRID, method=jgptq.RTN())
     assert output_error(looped, params, packed) < most * output_error(looped, params, rounded)
 
 
