@@ -278,6 +278,8 @@ def _quantize(options: argparse.Namespace) -> None:
     }
     template = _chat_template(options, model)
     batches = calibration.batches(texts, tokenizer, **window, chat_template=template)
+    if options.tune and len(batches) < 2:
+        raise ValueError("--tune needs at least two batches of windows, one of them to judge by; give --samples 16")
     if grids:
         rules = _allocated(options, model, params, batches, grids, rules)
         _check_holds(options.format, model, grid, rules)

@@ -74,7 +74,8 @@ def quantize_arguments(home, out, *more):
 
 @pytest.fixture(scope="module")
 def packed(home):
-    assert cli.main(quantize_arguments(home, home / "packed", "--bits", "3", "--quality", "balanced", "--tune")) == 0
+    more = ["--bits", "3", "--quality", "balanced", "--samples", "16", "--tune"]
+    assert cli.main(quantize_arguments(home, home / "packed", *more)) == 0
     return home / "packed"
 
 
@@ -347,6 +348,10 @@ BAD = {
     "bits chosen for a format of one width": (
         lambda home: quantize_arguments(home, home / "o", "--average-bits", "4", "--format", "awq"),
         "awq",
+    ),
+    "tuning with nothing to judge by": (
+        lambda home: quantize_arguments(home, home / "o", "--tune"),
+        "--tune needs at least two batches of windows",
     ),
     "an average below all choices": (
         lambda home: quantize_arguments(home, home / "o", "--average-bits", "2"),
