@@ -183,12 +183,7 @@ def quantize(
                 prepared, own_scales = shared[part.leaf], scales.get(own[part.leaf][1])
                 target = targets.pop(part_key(part), None)
                 weight, row = _solve_part(executor, site, part, target, prepared, own_scales, *own[part.leaf])
-                if number in folds:
-                    row = dataclasses.replace(row, nbytes=row.nbytes - weight.input_scales.nbytes)
-                elif own[part.leaf] != plan[part.leaf]:
-                    asked = plan[part.leaf][1]
-                    note = NOT_SCALED if asked.input_scales else f"{NOT_SCALED}: AWQ(input_scales=True) would keep them"
-                    row = dataclasses.replace(row, method=asked.name, notes=(*row.notes, note))
+                row = _as_asked(row, weight, plan[part.leaf][1], own[part.leaf][1], number in folds)
                 row = dataclasses.replace(row, seconds=time.perf_counter() - clock)
                 if finished is not None:
                     finished[name] = weight, row
@@ -203,17 +198,11 @@ def quantize(
                 progress(row, len(rows), len(names))
         shared = None  # before the next step makes its own
 
-    leaves, tree = jax.tree.flatten(params)
-    all_parts = {
+    parts = {
         leaf: packed.pop(leaf, None) or {part.index: finished[names[part_key(part)]][0] for part in site.parts}
         for leaf, site in sites.items()
     }
-    for (leaf, index), values in executor.biases.items():
-        whole = jnp.asarray(leaves[leaf][tuple(map(slice, leaves[leaf].shape))])
-        leaves[leaf] = whole.at[tuple(slice(*bounds) for bounds in index)].set(values)
-    _fold(leaves, all_parts, steps, folds)
-    for leaf, site in sites.items():
-        leaves[leaf] = _joined(site, all_parts.pop(leaf))
+    result = _assembled(params, parts, executor.biases, steps, folds, sites)
     report = Report(
         rows=tuple(rows),
         skipped=tuple(
@@ -231,7 +220,29 @@ def quantize(
             QuantizationWarning,
             stacklevel=2,
         )
-    return jax.tree.unflatten(tree, leaves), report
+    return result, report
+
+
+def _as_asked(row: Row, weight: QuantizedTensor, asked: Method, used: Method, folds: bool) -> Row:
+    """The row under the method that was asked for, where another stood in; scales that will fold take no bytes."""
+    if folds:
+        return dataclasses.replace(row, nbytes=row.nbytes - weight.input_scales.nbytes)
+    if used == asked:
+        return row
+    note = NOT_SCALED if asked.input_scales else f"{NOT_SCALED}: AWQ(input_scales=True) would keep them"
+    return dataclasses.replace(row, method=asked.name, notes=(*row.notes, note))
+
+
+def _assembled(params: Any, parts: dict, biases: dict, steps: Sequence[Step], folds: dict, sites: dict) -> Any:
+    """The parameters with the solved parts joined to leaves, biases corrected, and scales folded where they can be."""
+    leaves, tree = jax.tree.flatten(params)
+    for (leaf, index), values in biases.items():
+        whole = jnp.asarray(leaves[leaf][tuple(map(slice, leaves[leaf].shape))])
+        leaves[leaf] = whole.at[tuple(slice(*bounds) for bounds in index)].set(values)
+    _fold(leaves, parts, steps, folds)
+    for leaf, site in sites.items():
+        leaves[leaf] = _joined(site, parts.pop(leaf))
+    return jax.tree.unflatten(tree, leaves)
 
 
 def _check_finished(finished: Any, steps: Sequence[Step], names: dict, sites: dict[int, Site], plan: dict) -> None:
