@@ -134,9 +134,13 @@ def _random_weight(
     zeros = random.integers(grid.midpoint - spread, grid.midpoint + spread + 1, (*stack, groups, out_features))
     zeros[..., 0, :2] = 0, grid.max_code
     shuffled = random.permutation(np.arange(in_features) // length)
+    codes = jnp.asarray(random.integers(0, 2**grid.bits, shape), jnp.uint32)
+    scales = random.uniform(0.1, 0.2, (*stack, groups, out_features)) / grid.midpoint
+    if grid.symmetric:  # the solver gives them either sign
+        scales *= random.choice([-1.0, 1.0], scales.shape)
     return _from_codes(
-        jnp.asarray(random.integers(0, 2**grid.bits, shape), jnp.uint32),
-        jnp.asarray(random.uniform(0.1, 0.2, (*stack, groups, out_features)) / grid.midpoint, jnp.float32),
+        codes,
+        jnp.asarray(scales, jnp.float32),
         None if grid.symmetric else jnp.asarray(np.minimum(zeros, grid.max_code), jnp.uint8),
         grid=grid,
         permutation=jnp.asarray(np.argsort(shuffled, kind="stable").astype(np.int32)) if act_order else None,
