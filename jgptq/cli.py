@@ -99,20 +99,53 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"jgptq {jgptq.__version__}, jax {jax.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, function, help: str, example: str) -> argparse.ArgumentParser:
+    def command(name: str, function: Callable, options: Callable | None, help: str, example: str) -> None:
         sub = commands.add_parser(name, help=help, description=help, epilog=f"example: {example}")
         sub.set_defaults(command=function)
-        return sub
+        if options:
+            options(sub)
 
-    command("demo", _demo, "Quantize the small model that comes with jgptq; needs no network.", "jgptq demo")
-
-    sub = command(
+    command("demo", _demo, None, "Quantize the small model that comes with jgptq; needs no network.", "jgptq demo")
+    command(
         "quantize",
         _quantize,
+        _quantize_options,
         "Quantize a Hugging Face model directory into a new, packed one.",
         "jgptq quantize Llama-3.2-1B out --bits 4 --group-size 128 --calibration stories.txt; the same command goes on "
         "where one that was interrupted or killed ended",
     )
+    command(
+        "eval",
+        _eval,
+        _eval_options,
+        "Perplexity on a text; with --against, KL and agreement with that model too.",
+        "jgptq eval out --text held_out.txt --against Llama-3.2-1B",
+    )
+    command(
+        "generate",
+        _generate,
+        _generate_options,
+        "Complete a prompt, printing text as it comes.",
+        'jgptq generate out --prompt "Once upon a time" --max-new-tokens 64',
+    )
+    command(
+        "convert",
+        _convert,
+        _convert_options,
+        "Write a model, float or packed, in another checkpoint format; what would change a weight is refused, or told.",
+        "jgptq convert out out.gguf --format gguf",
+    )
+    command(
+        "inspect",
+        _inspect,
+        _inspect_options,
+        "A table of a model's weights: shape, bits, group, bytes and, if jgptq made it, error.",
+        "jgptq inspect out",
+    )
+    return parser
+
+
+def _quantize_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help="directory with config.json and safetensors, or a hub id")
     sub.add_argument("out", type=Path, help="directory to make; must not exist")
     sub.add_argument("--calibration", required=True, metavar="FILE", help=f"what to calibrate on: {TEXTS}")
@@ -182,12 +215,8 @@ def _parser() -> _Parser:
         "--offload", choices=("host",), help="keep activations in the host's memory; slower, for a device too small"
     )
 
-    sub = command(
-        "eval",
-        _eval,
-        "Perplexity on a text; with --against, KL and agreement with that model too.",
-        "jgptq eval out --text held_out.txt --against Llama-3.2-1B",
-    )
+
+def _eval_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help=MODEL)
     sub.add_argument("--text", required=True, metavar="FILE", help=f"what to evaluate on: {TEXTS}")
     sub.add_argument("--chat-template", action="store_true", help=CHAT_TEMPLATE)
@@ -206,12 +235,8 @@ def _parser() -> _Parser:
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
-    sub = command(
-        "generate",
-        _generate,
-        "Complete a prompt, printing text as it comes.",
-        'jgptq generate out --prompt "Once upon a time" --max-new-tokens 64',
-    )
+
+def _generate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help=MODEL)
     sub.add_argument("--prompt", required=True, metavar="TEXT", help="the text to complete; -: standard input")
     sub.add_argument(
@@ -225,24 +250,15 @@ def _parser() -> _Parser:
     sub.add_argument("--top-p", type=float, metavar="P")
     sub.add_argument("--seed", type=int, default=0)
 
-    sub = command(
-        "convert",
-        _convert,
-        "Write a model, float or packed, in another checkpoint format; what would change a weight is refused, or told.",
-        "jgptq convert out out.gguf --format gguf",
-    )
+
+def _convert_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help=MODEL)
     sub.add_argument("out", type=Path, help="directory, or file for gguf, to make; must not exist")
     sub.add_argument("--format", required=True, choices=FORMATS)
 
-    sub = command(
-        "inspect",
-        _inspect,
-        "A table of a model's weights: shape, bits, group, bytes and, if jgptq made it, error.",
-        "jgptq inspect out",
-    )
+
+def _inspect_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help=MODEL)
-    return parser
 
 
 def _demo(options: argparse.Namespace) -> None:
