@@ -1,5 +1,7 @@
 """GPTQ checkpoints and gptqmodel's PyTorch kernel on the CPU: it reads ours, and we read what it quantized."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -115,7 +117,7 @@ def quantize(original, directory, **config):
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in calibration]
     # Its other packer is compiled for half a minute first.
     config = gptqmodel.QuantizeConfig(**{"group_size": 32} | config, offload_to_disk=False, pack_impl="original")
-    with their_warnings():
+    with their_warnings(), contextlib.chdir(directory.parent):  # it leaves logs where it runs
         model = gptqmodel.GPTQModel.load(str(original), config, device="cpu", dtype=torch.float32)
         model.quantize(batches, batch_size=8)
         model.save(str(directory))
