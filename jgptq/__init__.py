@@ -13,6 +13,7 @@ from jgptq.kernels.prepack import prepack, unprepack
 from jgptq.modules import allocate, find_weights, quantize, quantized
 from jgptq.perplexity import compare, next_token_loss, perplexity
 from jgptq.quantize import Options, QuantizationWarning, Report, Row
+from jgptq.sharding import shard
 from jgptq.solvers import AWQ, GPTQ, METHODS, OBQ, PRESETS, RTN, Info, Targets, awq_scales, gptq, obq, rtn
 from jgptq.tensor import QuantizedTensor, dequantize
 
@@ -55,6 +56,7 @@ __all__ = [
     "quantized",
     "rtn",
     "save",
+    "shard",
     "tune",
     "unprepack",
     "update_hessian",

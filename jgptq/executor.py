@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgptq.hessian import HIGHEST, Hessian
+from jgptq.partition import common_mesh, onto, placed, replicated
 from jgptq.solvers.bias import bias_correction
 from jgptq.solvers.targets import Drift
 from jgptq.tensor import Index
@@ -45,6 +46,8 @@ class Executor:
         correct_biases: bool = False,
     ):
         batches = checked_batches(batches)
+        self.mesh = common_mesh(batches, params)
+        batches = onto(self.mesh, batches)
         self._leaves = []
         for path, leaf in leaf_paths(params):
             if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
@@ -138,11 +141,19 @@ class Executor:
         shape = np.shape(leaf)
         if _is_lazy(leaf) or any(bounds != (0, size) for bounds, size in zip(index, shape, strict=True)):
             leaf = leaf[tuple(slice(*bounds) for bounds in index)]
-        return jnp.asarray(leaf)
+        return onto(self.mesh, jnp.asarray(leaf))
+
+    def as_given(self, part: Part, tree: Any) -> Any:
+        """Arrays solved by parts on several devices, with a copy on each where the leaf has that."""
+        sharding = getattr(self._leaves[part.leaf], "sharding", None)
+        return tree if sharding is not None and not sharding.is_fully_replicated else replicated(tree)
 
     def replace(self, part: Part, values: jax.Array) -> None:
         """Puts quantized values in place of part of a leaf for all equations still to run."""
         self._replaced = True
+        leaf = self._leaves[part.leaf]
+        if self.mesh is not None and values.shape == np.shape(leaf) and isinstance(leaf, jax.Array):
+            values = placed(values, onto(self.mesh, leaf).sharding)
         self._quantized[part_key(part)] = values
 
     def check_weights(self, sites: Sequence[Site]) -> None:
@@ -171,7 +182,7 @@ class Executor:
         """
         self.advance(step)
         layout = step.parts[0].layout
-        hessian, drift = empty_hessian(layout), None
+        hessian, drift = onto(self.mesh, empty_hessian(layout)), None
         if self._follow_float and self._replaced:
             writes = [
                 (number, part.layout.out_features)
@@ -179,8 +190,9 @@ class Executor:
                 if any(read.added for read in part.reads)
             ]
             residuals = {number: jnp.zeros((layout.in_features, size), jnp.float32) for number, size in writes}
-            drift = Drift(jnp.zeros_like(hessian.total), residuals)
+            drift = onto(self.mesh, Drift(jnp.zeros_like(hessian.total), residuals))
         inputs = [jnp.zeros(layout.in_features)] * 2 if self._correct_biases and hessian.total.ndim == 2 else []
+        inputs = onto(self.mesh, inputs)
         for place, (stream, own) in enumerate(zip(self._streams, self._steps[id(step)], strict=True)):
             snapshot = stream.snapshot() if any(read.position > own.start for read in own.reads) else None
             order = sorted(range(len(own.reads)), key=lambda number: own.reads[number].position)

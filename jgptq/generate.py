@@ -88,7 +88,7 @@ def generate(
     filled = np.zeros((len(prompts), _bucket(max(lengths), context)), np.int32)
     for row, prompt in zip(filled, prompts, strict=True):
         row[: len(prompt)] = prompt
-    if isinstance(model, LanguageModel) and (model.depth > SHALLOW or has_kernel_for_prepacked()):
+    if isinstance(model, LanguageModel) and (model.depth > SHALLOW or has_kernel_for_prepacked(params)):
         params = model.arranged(params)
     columns: list[np.ndarray] = []
     if max_new_tokens:

@@ -22,6 +22,7 @@ import numpy as np
 from jgptq.executor import NOT_FINITE, Executor, all_finite, part_key
 from jgptq.grid import Grid, Levels, levels
 from jgptq.hessian import Hessian
+from jgptq.sharding import solve_by_outputs
 from jgptq.solvers import AWQ, METHODS, PRESETS, QUALITIES, RTN, Info, Method, nearest
 from jgptq.solvers.awq import Scaled, scale_hessian
 from jgptq.solvers.method import over_outputs, relative
@@ -183,6 +184,7 @@ def quantize(
                 prepared, own_scales = shared[part.leaf], scales.get(own[part.leaf][1])
                 target = targets.pop(part_key(part), None)
                 weight, row = _solve_part(executor, site, part, target, prepared, own_scales, *own[part.leaf])
+                weight = executor.as_given(part, weight)
                 row = _as_asked(row, weight, plan[part.leaf][1], own[part.leaf][1], number in folds)
                 row = dataclasses.replace(row, seconds=time.perf_counter() - clock)
                 if finished is not None:
@@ -446,16 +448,24 @@ def _solve_part(
     w = part.layout.to_matrix(executor.leaf(part.leaf, part.index))
     target = w if target is None else target
     if w.ndim == 2:
-        weight, info = method.solve(target, shared, grid)
-        same = method == RTN() and target is w
-        error = info.relative_error if same else _rtn_error(w, target, shared, info, grid)
+        solve, operands = _solve_matrix, (w, target, shared)
     else:
-        matrices, targets = (matrix.reshape(-1, *w.shape[-2:]) for matrix in (w, target))
-        weight, info, error = _solve_batch(matrices, targets, share(shared), scales, grid, method)
-        weight = jax.tree.map(lambda array: array.reshape(*w.shape[:-2], *array.shape[1:]), weight)
+        matrices = (matrix.reshape(-1, *w.shape[-2:]) for matrix in (w, target))
+        solve, operands = _solve_batch, (*matrices, share(shared), scales)
+    if executor.mesh is None or not getattr(method, "separable", False):
+        weight, info, error = solve(*operands, grid, method)
+    else:
+        weight, info, error = solve_by_outputs(*operands, solve=solve, grid=grid, method=method, mesh=executor.mesh)
+    weight = jax.tree.map(lambda array: array.reshape(*w.shape[:-2], *array.shape[w.ndim > 2 :]), weight)
     weight = dataclasses.replace(weight, layout=part.layout, dtype=w.dtype)
     row = _row(site.name(part), part, weight, w, info, error, shared.tokens, grid, method)
     return weight, row
+
+
+def _solve_matrix(w: jax.Array, target: jax.Array, shared: Any, grid: Grid, method: Method) -> Any:
+    weight, info = method.solve(target, shared, grid)
+    same = method == RTN() and target is w
+    return weight, info, info.relative_error if same else _rtn_error(w, target, shared, info, grid)
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "method"))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Integer
 
 from jgptq import grid as grids
 from jgptq import packing
+from jgptq.partition import Partition
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,7 @@ class QuantizedTensor:
         to say each row of the matrix. None: nothing. See `jgptq.solvers.awq`.
     group_size: stored rows that share a scale; the last group may be short.
     dtype: of the logical array; layout: how that array maps to (batch…, in, out).
+    partition: how the arrays are divided over a mesh, where `jgptq.shard` did that; None: not, or as XLA sees fit.
 
     Leading axes common to all arrays and beyond `layout` are a stack: `scan` and `vmap` may add and remove them.
     """
@@ -142,6 +144,7 @@ class QuantizedTensor:
     group_size: int = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
     layout: Layout = dataclasses.field(metadata={"static": True})
+    partition: Partition | None = dataclasses.field(metadata={"static": True}, default=None)
 
     @property
     def in_features(self) -> int:
@@ -173,26 +176,41 @@ class QuantizedTensor:
         """The logical array again, in its own shape and dtype."""
         return self.layout.from_matrix(matrix(self)).astype(self.dtype)
 
+    def specs(self) -> "QuantizedTensor":
+        """A PartitionSpec in the place of each array, by the partition."""
+        several = self.group_size < self.in_features
+        by_group = -1 if self.partition.of == "outputs" else -2 if several else None
+        return with_specs(self, codes=-1 if self.partition.of == "outputs" else -2, by_group=by_group)
+
     def __repr__(self) -> str:
         parts = [f"{self.bits} bits", f"group {self.group_size}", "symmetric" if self.symmetric else "asymmetric"]
         if self.permutation is not None:
             parts.append("permuted")
         if self.input_scales is not None:
             parts.append("inputs scaled")
+        if self.partition is not None:
+            parts.append(f"{self.partition.of} over {self.partition.axis}")
         shape = self.shape if hasattr(self.codes, "shape") else self.layout.shape
         return f"QuantizedTensor({jnp.dtype(self.dtype).name}{list(shape)}, {', '.join(parts)})"
 
 
 def static_to_bytes(static: tuple) -> bytes:
-    """The static fields (bits, group_size, dtype, layout) as JSON, for exported programs."""
-    bits, group_size, dtype, layout = static
-    return json.dumps([bits, group_size, jnp.dtype(dtype).name, dataclasses.asdict(layout)]).encode()
+    """The static fields (bits, group_size, dtype, layout, partition) as JSON, for exported programs."""
+    bits, group_size, dtype, layout, partition = static
+    divided = partition and [list(partition.mesh.shape.items()), partition.axis, partition.of]
+    return json.dumps([bits, group_size, jnp.dtype(dtype).name, dataclasses.asdict(layout), divided]).encode()
 
 
 def static_from_bytes(data: bytes) -> tuple:
     """The inverse of `static_to_bytes`."""
-    bits, group_size, dtype, layout = json.loads(data)
-    return bits, group_size, jnp.dtype(dtype), Layout(**{name: tuple(value) for name, value in layout.items()})
+    bits, group_size, dtype, layout, divided = json.loads(data)
+    layout = Layout(**{name: tuple(value) for name, value in layout.items()})
+    partition = None
+    if divided:
+        names, sizes = zip(*divided[0], strict=True)
+        mesh = jax.sharding.AbstractMesh(sizes, names)
+        partition = Partition(mesh=mesh, axis=divided[1], of=divided[2])
+    return bits, group_size, jnp.dtype(dtype), layout, partition
 
 
 jax.export.register_pytree_node_serialization(
@@ -201,6 +219,62 @@ jax.export.register_pytree_node_serialization(
     serialize_auxdata=static_to_bytes,
     deserialize_auxdata=static_from_bytes,
 )
+
+
+def with_specs(weight: Any, *, codes: int, by_group: int | None) -> Any:
+    """codes, by_group: the axis along which codes, and values of groups, are divided, from the end; None: none."""
+    spec = weight.partition.spec
+    return dataclasses.replace(
+        weight,
+        codes=spec(weight.codes, codes),
+        scales=spec(weight.scales, by_group),
+        zeros=spec(weight.zeros, by_group),
+        permutation=spec(weight.permutation, None),
+        input_scales=spec(weight.input_scales, None),
+    )
+
+
+def divisible(weight: QuantizedTensor, of: str, count: int) -> bool:
+    """Whether inputs, in whole words and whole groups and in natural order, or outputs can be divided by `count`."""
+    if of == "outputs":
+        return weight.out_features % count == 0
+    length = weight.in_features // count
+    whole = length * count == weight.in_features and length * weight.bits % 32 == 0
+    one_group = weight.group_size >= weight.in_features
+    return whole and weight.permutation is None and (one_group or length % weight.group_size == 0)
+
+
+def own_part(weight: Any) -> Any:
+    """A divided weight whose arrays are those of one device, as a weight by itself."""
+    inputs, outputs, partition = weight.in_features, weight.out_features, weight.partition
+    inputs, outputs = (
+        (inputs // partition.size, outputs) if partition.of == "inputs" else (inputs, outputs // partition.size)
+    )
+    return dataclasses.replace(
+        weight,
+        group_size=min(weight.group_size, inputs),
+        layout=Layout.dense(inputs, outputs),
+        partition=None,
+    )
+
+
+def by_part(f: Any, weight: Any) -> Any:
+    """Another form of a divided weight: f of each device's own part."""
+    partition, specs = weight.partition, weight.specs()
+    statics = {name: getattr(weight, name) for name in ("group_size", "layout", "partition")}
+
+    def shape(array: Any, spec: Any) -> jax.ShapeDtypeStruct:
+        sizes = [size // partition.size if name else size for size, name in zip(array.shape, spec, strict=False)]
+        return jax.ShapeDtypeStruct((*sizes, *array.shape[len(sizes) :]), array.dtype)
+
+    def each(part: Any) -> Any:
+        return f(own_part(part))
+
+    result = jax.eval_shape(each, jax.tree.map(shape, weight, specs))
+    own = {name: getattr(result, name) for name in statics}
+    out_specs = dataclasses.replace(dataclasses.replace(result, **statics).specs(), **own)
+    run = jax.shard_map(each, mesh=partition.mesh, in_specs=(specs,), out_specs=out_specs, check_vma=False)
+    return dataclasses.replace(jax.jit(run)(weight), **statics)
 
 
 def from_codes(
@@ -325,6 +399,8 @@ def side_by_side(weights: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
         return weight.bits, weight.group_size, weight.dtype, weight.in_features, kinds
 
     dense = all(weight.layout == Layout.dense(weight.in_features, weight.out_features) for weight in weights)
+    if any(weight.partition is not None for weight in weights):
+        return None  # each device would hold part of one of them
     if not dense or len({description(weight) for weight in weights}) > 1:
         return None
     for name in ("permutation", "input_scales"):
@@ -345,7 +421,7 @@ def take_outputs(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTen
         name: None if getattr(weight, name) is None else getattr(weight, name)[..., start:stop]
         for name in ("codes", "scales", "zeros")
     }
-    return dataclasses.replace(weight, layout=Layout.dense(weight.in_features, stop - start), **arrays)
+    return dataclasses.replace(weight, layout=Layout.dense(weight.in_features, stop - start), partition=None, **arrays)
 
 
 # A part of an array: start and stop along each axis.
@@ -372,6 +448,7 @@ def cut(weight: QuantizedTensor, axis: int, start: int, stop: int) -> QuantizedT
     shape = tuple(step * (stop - start) if a == axis else n for a, n in enumerate(layout.shape))
     factors = tuple(stop - start if k == factor else n for k, n in enumerate(layout.factors))
     resized = dataclasses.replace(layout, shape=shape, factors=factors)
+    weight = dataclasses.replace(weight, partition=None)
     if factor in layout.batch_axes:
         position = layout.batch_axes.index(factor)
         take = (slice(None),) * position + ((start,) if stop - start == 1 else (slice(start, stop),))
@@ -529,6 +606,7 @@ def unpack_columns(weight: QuantizedTensor, columns: Integer[Array, "*n"]) -> Fl
         scales=weight.scales[:, columns.reshape(-1)],
         zeros=None if weight.zeros is None else weight.zeros[:, columns.reshape(-1)],
         layout=Layout.dense(weight.in_features, columns.size),
+        partition=None,
     )
     return matrix(chosen).T.reshape(*columns.shape, weight.in_features).astype(weight.dtype)
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jgptq import tensor
 from jgptq.kernels import xla
 from jgptq.kernels.prepack import Prepacked, restore
+from jgptq.partition import Partition
 
 # xla: dequantize, then the library's product. xla_slabs: one slab of inputs after another, each dequantized for itself.
 # xla_codes: sums of inputs times codes, for few rows. These three serve every weight on every platform.
@@ -58,7 +60,60 @@ def matmul(
         weight = tensor.without_input_scales(weight)
     if implementation in KERNELS and (reason := KERNELS[implementation].refusal(x, weight)):
         raise ValueError(f'implementation="{implementation}" cannot serve this product: {reason}')
-    return _product(x, weight, implementation, jnp.dtype(preferred_element_type or x.dtype))
+    dtype = jnp.dtype(preferred_element_type or x.dtype)
+    if form.partition is not None:
+        return _by_part(x, weight, implementation, dtype)
+    return _product(x, weight, implementation, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "dtype"))
+def _by_part(x: Array, weight: Any, implementation: str | None, dtype: Any) -> Array:
+    """Each device multiplies by its own part of a divided weight: XLA divides no kernel, and would gather codes.
+
+    Rows are divided along the other axes of the mesh where these divide the first axis of x.
+    """
+    form = tensor.form(weight)
+    partition, by_inputs = form.partition, form.partition.of == "inputs"
+    mesh = _mesh_of(partition)
+    others = tuple(name for name in mesh.axis_names if name != partition.axis and name not in mesh.manual_axes)
+    count = math.prod(mesh.shape[name] for name in others)
+    divides = x.ndim > 1 and isinstance(x.shape[0], int) and x.shape[0] % count == 0
+    rows = [others if divides and others else None, *[None] * (x.ndim - 2)][: x.ndim - 1]
+    specs = form.specs()
+    if isinstance(weight, tensor.Element):
+        specs = tensor.Element(stack=specs, index=PartitionSpec())
+
+    def own(x: Array, weight: Any) -> Array:
+        if isinstance(weight, tensor.Element):
+            weight = tensor.Element(stack=tensor.own_part(weight.stack), index=weight.index)
+        else:
+            weight = tensor.own_part(weight)
+        if not by_inputs:
+            return _product(x, weight, implementation, dtype)
+        product = _product(x, weight, implementation, jnp.promote_types(dtype, jnp.float32))
+        return jax.lax.psum(product, partition.axis).astype(dtype)
+
+    return jax.shard_map(
+        own,
+        mesh=mesh,
+        axis_names={partition.axis, *others},
+        in_specs=(PartitionSpec(*rows, partition.axis if by_inputs else None), specs),
+        out_specs=PartitionSpec(*rows, None if by_inputs else partition.axis),
+        check_vma=False,
+    )(x, weight)
+
+
+def _mesh_of(partition: Partition) -> Any:
+    """The mesh that a product is traced under, if it has the partition's axis; else the partition's own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if partition.axis not in mesh.axis_names:
+        return partition.mesh
+    if partition.axis in mesh.manual_axes:
+        raise ValueError(
+            f"the weight is divided over the mesh axis {partition.axis!r} by jgptq.shard, which divides its products "
+            "itself; call matmul outside of shard_map over that axis"
+        )
+    return mesh
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -235,13 +290,14 @@ KERNELS = {
 }
 
 
-def _is_for(kernel: Kernel) -> bool:
+def _is_for(kernel: Kernel, partition: Partition | None = None) -> bool:
     """Whether what is traced now may run on the kernel's devices: by the abstract mesh, else by the machine's own.
 
-    XLA cannot divide a kernel between devices. So where there are several, it is for what `shard_map` has divided.
+    XLA cannot divide a kernel between devices. So where there are several, it is for what `shard_map` has divided, or
+    by the weight's partition will have.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    divided = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+    mesh = jax.sharding.get_abstract_mesh() if partition is None else partition.mesh
+    divided = partition is not None or (bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names))
     if mesh.abstract_device is not None:
         kinds, count = (mesh.abstract_device.device_kind,), mesh.size
     else:
@@ -251,9 +307,11 @@ def _is_for(kernel: Kernel) -> bool:
     return bool(kinds) and named and (count <= 1 or divided)
 
 
-def has_kernel_for_prepacked() -> bool:
-    """Whether what is traced now may run the Hopper kernel, where weights are Prepacked."""
-    return _is_for(KERNELS["hopper"])
+def has_kernel_for_prepacked(params: Any = None) -> bool:
+    """Whether what is traced now may run the Hopper kernel, where weights are Prepacked: these, if they are given."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, tensor.QuantizedTensor))
+    partitions = {leaf.partition for leaf in leaves if isinstance(leaf, tensor.QuantizedTensor)} or {None}
+    return any(_is_for(KERNELS["hopper"], partition) for partition in partitions)
 
 
 def prefers_prepacked(weight: Any) -> bool:
@@ -262,7 +320,7 @@ def prefers_prepacked(weight: Any) -> bool:
         isinstance(weight, tensor.QuantizedTensor)
         and tensor.has_integer_zeros(weight)
         and weight.dtype.name in HOPPER_DTYPES
-        and has_kernel_for_prepacked()
+        and _is_for(KERNELS["hopper"], weight.partition)
     )
 
 

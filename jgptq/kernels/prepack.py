@@ -7,6 +7,7 @@ decoding is a shift, a mask and a subtraction for two codes together. Derived fr
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from jgptq import packing, tensor
+from jgptq.partition import Partition
 
 BLOCK = 128  # inputs that one step of the kernel takes
 TILE = 128  # outputs are filled up to a multiple of this
@@ -30,7 +32,8 @@ class Prepacked:
         `block * outputs + n` has BLOCK codes of output n, so that what one step reads lies in one piece.
     scales: (batch…, rows, outputs) in the dtype they had; zeros: (batch…, rows, outputs) uint8, or None: the symmetric
         grid's constant 2**(bits - 1). Both are 0 where they fill up.
-    permutation, input_scales, bits, group_size, dtype, layout: as in QuantizedTensor.
+    permutation, input_scales, bits, group_size, dtype, layout, partition: as in QuantizedTensor. Of a divided weight
+        each device has its own part in this order; all properties but the logical ones are those of a part.
 
     A group takes `slots` places among the inputs; where its size is none of 32, 64 or a multiple of 128, some of them
     are empty. `spread` brings the inputs of a product into the same places.
@@ -45,6 +48,7 @@ class Prepacked:
     group_size: int = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
     layout: tensor.Layout = dataclasses.field(metadata={"static": True})
+    partition: Partition | None = dataclasses.field(metadata={"static": True}, default=None)
 
     in_features = tensor.QuantizedTensor.in_features
     out_features = tensor.QuantizedTensor.out_features
@@ -88,6 +92,10 @@ class Prepacked:
         """The logical array again, in its own shape and dtype."""
         return restore(self).dequantize()
 
+    def specs(self) -> "Prepacked":
+        """A PartitionSpec in the place of each array, by the partition."""
+        return tensor.with_specs(self, codes=-2, by_group=-1 if self.partition.of == "outputs" else -2)
+
     def __repr__(self) -> str:
         return f"Prepacked{jax.eval_shape(restore, self)!r}".replace("QuantizedTensor", "")
 
@@ -112,7 +120,8 @@ def prepack(params: Any) -> Any:
             return leaf
         is_stack = leaf.ndim > len(leaf.layout.shape)
         # One weight after another: unpacked, a stack of layers would be several times the model.
-        return jax.lax.map(prepack_weight, leaf) if is_stack else prepack_weight(leaf)
+        run = functools.partial(jax.lax.map, prepack_weight) if is_stack else prepack_weight
+        return run(leaf) if leaf.partition is None else tensor.by_part(run, leaf)
 
     return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, tensor.QuantizedTensor))
 
@@ -133,6 +142,8 @@ def prepack_weight(weight: tensor.QuantizedTensor) -> Prepacked:
             f"the zeros of this weight are {weight.zeros.dtype}, but those of a Prepacked weight are uint8; leave it "
             "in the order it has, in which jgptq.matmul takes it too"
         )
+    if weight.partition is not None:
+        return tensor.by_part(prepack_weight, weight)
     fields = vars(weight)
     form = Prepacked(**{**fields, "codes": None})
     codes = spread(jnp.moveaxis(tensor.unpack_codes(weight), -2, -1), form)
@@ -146,6 +157,8 @@ def prepack_weight(weight: tensor.QuantizedTensor) -> Prepacked:
 
 def restore(weight: Prepacked) -> tensor.QuantizedTensor:
     """The same weight in the checkpoint's order, bit for bit."""
+    if weight.partition is not None:
+        return tensor.by_part(restore, weight)
     codes = _from_words(weight.codes, weight.blocks, weight.stored_bits)[..., : weight.groups * weight.slots, :]
     *batch, _, outputs = codes.shape
     codes = codes.reshape(*batch, weight.groups, weight.slots, outputs)[..., : weight.group_size, :]

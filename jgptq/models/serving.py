@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jgptq import tensor
@@ -72,7 +73,7 @@ class Repeated(nnx.Module):
 def arrange(module: nnx.Module, *, stack_floats: bool, donate: bool) -> tuple[Runs, bool]:
     """Joins, stacks and prepacks what the module holds, leaf by leaf; says in what runs, and whether it prepacked.
 
-    Leaves on several devices stay as they are.
+    Leaves on several devices stay as they are, unless `jgptq.shard` put them there; those are not joined.
 
     stack_floats: layers with other than packed matrices, too. donate: deletes each array given that it made another
     of, but those that stand in several places, as the order of inputs may; without, only what it made in between.
@@ -80,7 +81,8 @@ def arrange(module: nnx.Module, *, stack_floats: bool, donate: bool) -> tuple[Ru
     layers = list(module.decoder_layers())
     leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(module, nnx.Param)), is_leaf=_is_packed)
     arrays = jax.tree.leaves(leaves)
-    if not (stack_floats or any(map(_is_packed, leaves))) or any(map(_is_spread, arrays)):
+    divided = any(_is_packed(leaf) and leaf.partition is not None for leaf in leaves)
+    if not (stack_floats or any(map(_is_packed, leaves))) or (any(map(_is_spread, arrays)) and not divided):
         return ((1, 1),) * len(layers), False
     places = collections.Counter(map(id, arrays))
     kept = [array for array in arrays if not donate or places[id(array)] > 1]
@@ -207,12 +209,24 @@ def _stack(layers: Sequence[nnx.Module], release: Callable[[Any, Any], None]) ->
     """Puts stacks of the parameters of equal layers into the first of them, leaf by leaf."""
 
     def stacked(*arrays: Array) -> Array:
-        stack = jnp.stack(arrays)
+        sharding = _stacked_sharding(arrays[0])
+        stack = jnp.stack(arrays) if sharding is None else jax.jit(_stacked, out_shardings=sharding)(*arrays)
         release(arrays, stack)
         return stack
 
     states = [nnx.to_pure_dict(nnx.state(layer, nnx.Param)) for layer in layers]
     nnx.update(layers[0], nnx.State(jax.tree.map(stacked, *states)))
+
+
+def _stacked(*arrays: Array) -> Array:
+    return jnp.stack(arrays)
+
+
+def _stacked_sharding(array: Array) -> NamedSharding | None:
+    """That of a stack of arrays divided as this one is; None where it lies on one device."""
+    if not _is_spread(array) or not isinstance(array.sharding, NamedSharding):
+        return None
+    return NamedSharding(array.sharding.mesh, PartitionSpec(None, *array.sharding.spec))
 
 
 def _prepack(module: nnx.Module, release: Callable[[Any, Any], None]) -> bool:

@@ -59,6 +59,10 @@ class AWQ:
         return getattr(self.solver, "act_order", False)
 
     @property
+    def separable(self) -> bool:
+        return getattr(self.solver, "separable", False)
+
+    @property
     def damp(self) -> float:
         return getattr(self.solver, "damp", 0.0)
 

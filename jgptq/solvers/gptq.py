@@ -52,6 +52,7 @@ class GPTQ:
     targets: Targets | None = dataclasses.field(default_factory=Targets)
     bias_correction: bool = False
     name: str = dataclasses.field(default="gptq", init=False)
+    separable = True
 
     def __post_init__(self):
         _check_options(self.act_order, self.damp, self.block_size, self.scale_search, self.sweeps)

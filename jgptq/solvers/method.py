@@ -45,6 +45,8 @@ class Method(Protocol):
 
     It may also have prepare(hessian, grid): what the solves of several weights on one Hessian share, which `solve` then
     gets in the Hessian's place, with `tokens` and `energy(d)` as a Hessian has them: the Hessian is not kept.
+    With `separable = True` it says that it solves each output for itself: where there are several devices, each then
+    solves some of them.
     """
 
     name: str

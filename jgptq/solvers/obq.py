@@ -28,6 +28,7 @@ class OBQ:
 
     damp: float = 0.01
     name: str = dataclasses.field(default="obq", init=False)
+    separable = True
 
     def solve(self, w: Array, hessian: Hessian, grid: Grid) -> tuple[tensor.QuantizedTensor, Info]:
         return obq(w, hessian, grid, damp=self.damp)

@@ -21,6 +21,7 @@ class RTN:
 
     scale_search: Literal[None, "lp"] = None
     name: str = dataclasses.field(default="rtn", init=False)
+    separable = True
 
     def solve(self, w: Array, hessian: Hessian, grid: Grid) -> tuple[tensor.QuantizedTensor, Info]:
         return rtn(w, grid, hessian=hessian, scale_search=self.scale_search)
