@@ -151,7 +151,7 @@ class Executor:
     def replace(self, part: Part, values: jax.Array) -> None:
         """Puts quantized values in place of part of a leaf for all equations still to run."""
         self._replaced = True
-        leaf = self._leaves[part.leaf]
+        leaf, values = self._leaves[part.leaf], onto(self.mesh, values)
         if self.mesh is not None and values.shape == np.shape(leaf) and isinstance(leaf, jax.Array):
             values = placed(values, onto(self.mesh, leaf).sharding)
         self._quantized[part_key(part)] = values

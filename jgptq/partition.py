@@ -6,7 +6,7 @@ Axes of a mesh are taken as Auto, whatever the mesh says: XLA then places what i
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -93,6 +93,34 @@ def replicated(tree: Any) -> Any:
         return leaf if mesh is None else placed(leaf, NamedSharding(mesh, PartitionSpec()))
 
     return jax.tree.map(one, tree)
+
+
+class HostShards(NamedTuple):
+    """What this process has of an array that is spread over devices, in the host's memory."""
+
+    shape: tuple[int, ...]
+    sharding: NamedSharding
+    shards: list[tuple[jax.Device, np.ndarray]]
+
+
+def to_host(array: jax.Array) -> np.ndarray | HostShards:
+    """The array in the host's memory, with what `from_host` needs to put it back where it was."""
+    if _mesh(array) is None:
+        return np.asarray(array)
+    if array.is_fully_replicated:
+        return HostShards(array.shape, array.sharding, [(None, np.asarray(array))])
+    shards = [(shard.device, np.asarray(shard.data)) for shard in array.addressable_shards]
+    return HostShards(array.shape, array.sharding, shards)
+
+
+def from_host(value: Any) -> Any:
+    """The inverse of `to_host`; anything else as it is."""
+    if not isinstance(value, HostShards):
+        return value
+    if value.sharding.is_fully_replicated:
+        return placed(value.shards[0][1], value.sharding)
+    shards = [jax.device_put(shard, device) for device, shard in value.shards]
+    return jax.make_array_from_single_device_arrays(value.shape, value.sharding, shards)
 
 
 def dividing_axes(mesh: Mesh, size: int) -> tuple[str, ...]:

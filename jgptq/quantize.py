@@ -22,6 +22,7 @@ import numpy as np
 from jgptq.executor import NOT_FINITE, Executor, all_finite, part_key
 from jgptq.grid import Grid, Levels, levels
 from jgptq.hessian import Hessian
+from jgptq.partition import replicated
 from jgptq.sharding import solve_by_outputs
 from jgptq.solvers import AWQ, METHODS, PRESETS, QUALITIES, RTN, Info, Method, nearest
 from jgptq.solvers.awq import Scaled, scale_hessian
@@ -394,7 +395,8 @@ def _joined(site: Site, parts: dict[Index, QuantizedTensor]) -> QuantizedTensor:
     if len(parts) == 1:
         (weight,) = parts.values()
         return dataclasses.replace(weight, layout=site.layout.unstacked())
-    return join(site.layout, {index: jax.tree.map(lambda a: a[...], weight) for index, weight in parts.items()})
+    whole = {index: replicated(jax.tree.map(lambda array: array[...], weight)) for index, weight in parts.items()}
+    return join(site.layout, whole)
 
 
 def _prepared(

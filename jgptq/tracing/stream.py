@@ -8,6 +8,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from jgptq.partition import from_host, replicated, to_host
 from jgptq.tensor import Index
 from jgptq.tracing.gradients import Loss, squared_gradients
 from jgptq.tracing.graph import Graph, Read
@@ -79,7 +80,7 @@ class Stream:
         common, squares = squared_gradients(self.graph, reads, loss, self._input_tree)
         values = [self._common(var, read_part) for var in common]
         for batch in self._batch_values:
-            yield jax.device_get(squares(values, [batch[var] for var in self.graph.inputs]))
+            yield jax.device_get(replicated(squares(values, [batch[var] for var in self.graph.inputs])))
 
     def _keep(self, values: dict, outputs: list[jex.Var], results: list[Any], live: set[jex.Var]) -> None:
         values.update(zip(outputs, map(_to_host, results) if self._on_host else results, strict=True))
@@ -120,7 +121,7 @@ class Stream:
             return [jnp.asarray(atom.val, atom.aval.dtype)] * len(batches)
         if self._is_common(atom):
             return [self._common(atom, read)] * len(batches)
-        return [values[atom] for values in batches]
+        return [from_host(values[atom]) for values in batches]
 
     def _is_common(self, var: jex.Var) -> bool:
         return var in self.graph.parts or var in self.graph.constants
@@ -132,8 +133,8 @@ class Stream:
 
 
 def _arguments(inputs: list[jex.Var], common: dict, values: dict) -> list[Any]:
-    return [common[var] if var in common else values[var] for var in inputs]
+    return [common[var] if var in common else from_host(values[var]) for var in inputs]
 
 
 def _to_host(array: jax.Array) -> Any:
-    return array if jnp.issubdtype(array.dtype, jax.dtypes.extended) else np.asarray(array)
+    return array if jnp.issubdtype(array.dtype, jax.dtypes.extended) else to_host(array)
