@@ -3,13 +3,15 @@
 Axes of a mesh are taken as Auto, whatever the mesh says: XLA then places what is in between.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -93,6 +95,37 @@ def replicated(tree: Any) -> Any:
         return leaf if mesh is None else placed(leaf, NamedSharding(mesh, PartitionSpec()))
 
     return jax.tree.map(one, tree)
+
+
+def gathered(tree: Any) -> Any:
+    """A pytree in which what lies on devices of several processes is in the memory of the first one's host.
+
+    To be called in all of them; the others' is of no use.
+    """
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        whole = replicated(leaf)
+        return np.asarray(whole) if jax.process_index() == 0 else leaf
+
+    return jax.tree.map(one, tree)
+
+
+@contextlib.contextmanager
+def one_writer() -> Iterator[bool]:
+    """Whether this process is the one of several that writes files. The others wait, and RuntimeError if it fails."""
+    done = jax.process_index() == 0
+    try:
+        yield done
+    except BaseException:
+        done = False
+        raise
+    finally:
+        if jax.process_count() > 1:
+            done = bool(multihost_utils.broadcast_one_to_all(np.asarray(done)))
+    if not done and jax.process_count() > 1:
+        raise RuntimeError("process 0 could not write; its own error says why")
 
 
 class HostShards(NamedTuple):

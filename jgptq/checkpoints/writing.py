@@ -28,6 +28,7 @@ from jgptq.checkpoints.layout import ExpectedTensor, Format, dotted, leaves_by_p
 from jgptq.kernels.prepack import unprepack
 from jgptq.models import LanguageModel
 from jgptq.models.serving import Arranged
+from jgptq.partition import gathered, one_writer
 from jgptq.tensor import Layout, QuantizedTensor
 
 # Of a source's config.json: how it was packed and in what dtype, and what names code that is not copied.
@@ -68,33 +69,47 @@ def save(
     `path` exists, and ValueError for parameters that are not this model's or that the format cannot hold. What GGUF
     holds only nearly is in a UserWarning, with the largest change; as are scales that the other readers of a format
     round to float16, though `load` does not.
+
+    Of several processes (`jax.distributed`) all call it with the same arguments; the first one writes what all hold, and
+    the rest wait for it. Not for "orbax".
     """
+    if jax.process_count() > 1 and format == "orbax":
+        raise ValueError(
+            'format="orbax" cannot be written by several processes; choose another, or save in one process'
+        )
+    if jax.process_count() > 1:
+        params = gathered(unprepack(model.plain(params)))
     path = Path(path)
-    if path.exists() or path.is_symlink():
-        raise FileExistsError(f"{path} exists; choose a new name, or remove it first")
-    if format not in FORMATS:
-        raise ValueError(f"format={format!r}; choose one of {list(FORMATS)}")
-    if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
-        raise FileNotFoundError(f"tokenizer_from={str(tokenizer_from)!r} is not a directory")
-    if format == "gguf" and extra_files:
-        raise ValueError(f"extra_files has {sorted(extra_files)}, but a GGUF file holds none; write them yourself")
-    params = unprepack(model.plain(params))
-    _check(model, params, kernels_only=format != "orbax")
-    tokenizer = tokenizer_from or model.source
-    with _appearing(path) as partial:
-        if format == "gguf":
-            gguf.save(partial, model, params, tokenizer_from=tokenizer)
+    with one_writer() as writes:
+        if not writes:
             return
-        partial.mkdir()
-        if format == "orbax":
-            orbax.save(partial, _plain_config(model), params)
-        else:
-            _write_directory(partial, model, params, PACKINGS[format], max_shard_bytes)
-        _copy_tokenizer(tokenizer, partial)
-        for name, text in (extra_files or {}).items():
-            if Path(name).name != name or (partial / name).exists():
-                raise ValueError(f"extra_files has {name!r}; give plain file names that the format does not use itself")
-            (partial / name).write_text(text, encoding="utf-8")
+        if path.exists() or path.is_symlink():
+            raise FileExistsError(f"{path} exists; choose a new name, or remove it first")
+        if format not in FORMATS:
+            raise ValueError(f"format={format!r}; choose one of {list(FORMATS)}")
+        if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
+            raise FileNotFoundError(f"tokenizer_from={str(tokenizer_from)!r} is not a directory")
+        if format == "gguf" and extra_files:
+            raise ValueError(f"extra_files has {sorted(extra_files)}, but a GGUF file holds none; write them yourself")
+        params = unprepack(model.plain(params))
+        _check(model, params, kernels_only=format != "orbax")
+        tokenizer = tokenizer_from or model.source
+        with _appearing(path) as partial:
+            if format == "gguf":
+                gguf.save(partial, model, params, tokenizer_from=tokenizer)
+                return
+            partial.mkdir()
+            if format == "orbax":
+                orbax.save(partial, _plain_config(model), params)
+            else:
+                _write_directory(partial, model, params, PACKINGS[format], max_shard_bytes)
+            _copy_tokenizer(tokenizer, partial)
+            for name, text in (extra_files or {}).items():
+                if Path(name).name != name or (partial / name).exists():
+                    raise ValueError(
+                        f"extra_files has {name!r}; give plain file names that the format does not use itself"
+                    )
+                (partial / name).write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
