@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 class Partition:
     """A packed weight's inputs or outputs in equal parts, one for each place along an axis of a mesh."""
 
-    mesh: AbstractMesh
+    mesh: Mesh | AbstractMesh
     axis: str
     of: Literal["inputs", "outputs"]
 
@@ -157,8 +157,11 @@ def from_host(value: Any) -> Any:
 
 
 def dividing_axes(mesh: Mesh, size: int) -> tuple[str, ...]:
-    """The axes of the mesh with the most devices of which each gets an equal share of `size`."""
-    names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    """The axes of the mesh with the most devices of which each gets an equal share of `size`.
+
+    The last axis comes first, since it is mostly the one along which weights are divided already.
+    """
+    names = [name for name in reversed(mesh.axis_names) if mesh.shape[name] > 1]
     choices = [tuple(names), *((name,) for name in names), ()]
     able = [choice for choice in choices if size % _count(mesh, choice) == 0]
     return max(able, key=lambda choice: _count(mesh, choice))

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jgptq.grid import Grid
 from jgptq.kernels.prepack import Prepacked, prepack_weight, restore
 from jgptq.partition import Partition, auto, dividing_axes, placed
-from jgptq.solvers.method import Info, Method, relative
+from jgptq.solvers.method import Info, Method
 from jgptq.tensor import QuantizedTensor, divisible
 from jgptq.tracing.graph import is_quantized, leaf_paths
 
@@ -56,8 +57,7 @@ def _packed(weight: QuantizedTensor | Prepacked, mesh: Any, axis: str, by_inputs
     of = next((of for of in choices if divisible(weight, of, mesh.shape[axis])), None)
     if of is None:
         return jax.tree.map(lambda array: placed(array, NamedSharding(mesh, PartitionSpec())), weight)
-    abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
-    weight = dataclasses.replace(weight, partition=Partition(mesh=abstract, axis=axis, of=of))
+    weight = dataclasses.replace(weight, partition=Partition(mesh=mesh, axis=axis, of=of))
     return jax.tree.map(lambda array, spec: placed(array, NamedSharding(mesh, spec)), weight, weight.specs())
 
 
@@ -119,7 +119,7 @@ def _of_all(info: Info, error: jax.Array, axes: tuple[str, ...]) -> tuple[Info, 
     output = total(info.output)
 
     def mean(errors: jax.Array) -> jax.Array:
-        return relative(total(errors * info.output), output)
+        return jnp.where(output == 0, 0.0, total(errors * info.output) / jnp.where(output == 0, 1.0, output))
 
     summed = dataclasses.replace(
         info,

@@ -70,8 +70,8 @@ def save(
     holds only nearly is in a UserWarning, with the largest change; as are scales that the other readers of a format
     round to float16, though `load` does not.
 
-    Of several processes (`jax.distributed`) all call it with the same arguments; the first one writes what all hold, and
-    the rest wait for it. Not for "orbax".
+    Of several processes (`jax.distributed`) all call it with the same arguments; the first one writes what all hold,
+    and the rest wait for it. Not for "orbax".
     """
     if jax.process_count() > 1 and format == "orbax":
         raise ValueError(

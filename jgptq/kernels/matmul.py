@@ -297,6 +297,7 @@ def _is_for(kernel: Kernel, partition: Partition | None = None) -> bool:
     by the weight's partition will have.
     """
     mesh = jax.sharding.get_abstract_mesh() if partition is None else partition.mesh
+    mesh = getattr(mesh, "abstract_mesh", mesh)
     divided = partition is not None or (bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names))
     if mesh.abstract_device is not None:
         kinds, count = (mesh.abstract_device.device_kind,), mesh.size
