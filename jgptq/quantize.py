@@ -120,7 +120,7 @@ def quantize(
     grid: Grid() unless given. method: a name in METHODS or a Method value.
     quality: what a method's name stands for. "fast": plain GPTQ with group-aware reordering. "balanced": scales and
         zeros chosen with the solver in the loop, and weights that make up for what the quantized layers before them
-        changed; up to three times the time. "best": more passes over each weight.
+        changed; up to three times the time. "best": AWQ's scaling besides, where it folds, judged by solving.
     rules: (pattern, options) pairs, the first that matches a weight's path decides: a glob on the path or a predicate
         on the Site; Options, or None to leave the weight as it is.
     loss: loss(outputs, inputs) of a batch gives one number, such as jgptq.next_token_loss. With it, tokens count by
@@ -227,10 +227,10 @@ def quantize(
 
 
 def _as_asked(row: Row, weight: QuantizedTensor, asked: Method, used: Method, folds: bool) -> Row:
-    """The row under the method that was asked for, where another stood in; scales that will fold take no bytes."""
+    """The row as it is to be reported: scales that will fold take no bytes, and RTN that stood in for AWQ is noted."""
     if folds:
         return dataclasses.replace(row, nbytes=row.nbytes - weight.input_scales.nbytes)
-    if used == asked:
+    if used == asked or not isinstance(used, RTN):
         return row
     note = NOT_SCALED if asked.input_scales else f"{NOT_SCALED}: AWQ(input_scales=True) would keep them"
     return dataclasses.replace(row, method=asked.name, notes=(*row.notes, note))

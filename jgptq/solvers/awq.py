@@ -30,6 +30,7 @@ class AWQ:
     """The method value; see `awq_scales` for the search.
 
     solver: what quantizes the scaled weight; GPTQ() composes. points: of the grid of exponents.
+    judge: a Method value by whose output error exponents are judged; None: by that of rounding, as in the paper.
     input_scales: whether weights keep their scales (`QuantizedTensor.input_scales`) where these cannot go into what the
         inputs are computed from. False: such weights are not scaled, and a note says so; checkpoint formats other than
         Orbax's have no place for the scales.
@@ -37,14 +38,20 @@ class AWQ:
 
     solver: Any = dataclasses.field(default_factory=lambda: RTN(scale_search="lp"))
     points: int = 20
+    judge: Any = None
     input_scales: bool = True
-    name: str = dataclasses.field(default="awq", init=False)
 
     def __post_init__(self):
         if not isinstance(self.solver, Method) or isinstance(self.solver, AWQ):
             raise TypeError(f"solver={self.solver!r}; give a Method value that does not scale, such as RTN() or GPTQ()")
         if not isinstance(self.points, int) or self.points < 1:
             raise ValueError(f"points={self.points!r}; give a positive integer")
+        if not isinstance(self.judge, Method | None) or isinstance(self.judge, AWQ):
+            raise TypeError(f"judge={self.judge!r}; give a Method value that does not scale, or None")
+
+    @property
+    def name(self) -> str:
+        return "awq" if isinstance(self.solver, RTN) else f"awq+{self.solver.name}"
 
     @property
     def targets(self) -> Any:
@@ -68,8 +75,22 @@ class AWQ:
 
     def scales(self, weights: Iterable[Array], hessian: Hessian, grid: Grid | Iterable[Grid]) -> Float[Array, " in"]:
         """The scales of inputs that these weights share."""
+        if self.judge is not None:
+            judged = dataclasses.replace(self, solver=self.judge)
+            return judged._best_solved(list(weights), hessian, grid)
         search = "lp" if getattr(self.solver, "scale_search", None) else None
         return awq_scales(weights, hessian, grid, points=self.points, scale_search=search)
+
+    def _best_solved(self, weights: list[Array], hessian: Hessian, grid: Grid | Iterable[Grid]) -> Float[Array, " in"]:
+        """The candidate with the least output error of all weights, each solved with each."""
+        grids = [grid] * len(weights) if isinstance(grid, Grid) else list(grid)
+        candidates = _candidates(hessian, self.points)
+        errors = []
+        for scales in candidates:
+            shared = {own: self.prepare(hessian, own, scales) for own in set(grids)}
+            infos = [self.solve(w, shared[own], own)[1] for w, own in zip(weights, grids, strict=True)]
+            errors.append(sum(info.relative_error * info.output for info in infos))
+        return candidates[jnp.argmin(jnp.stack(errors))]
 
     def prepare(self, hessian: Hessian, grid: Grid, scales: Float[Array, " in"]) -> "Scaled":
         """What `solve` takes in the Hessian's place to solve several weights on the same scaled inputs."""

@@ -13,6 +13,7 @@ from jgptq import AWQ, GPTQ, RTN, Grid, awq_scales, tensor
 
 OPTIONS = {"bits": 4, "group_size": 16, "symmetric": False}
 GRID = Grid(**OPTIONS)
+PLAIN = GPTQ(act_order=False, scale_search=None, sweeps=0, targets=None)
 SCALES = np.random.default_rng(1).uniform(0.5, 2.0, 32).astype(np.float32)
 
 
@@ -145,5 +146,27 @@ def test_bad_options_are_named():
         AWQ(solver="rtn")
     with pytest.raises(TypeError, match="that does not scale"):
         AWQ(solver=AWQ())
+    with pytest.raises(TypeError, match="judge='loss'; give a Method value that does not scale, or None"):
+        AWQ(judge="loss")
     with pytest.raises(ValueError, match="points=0; give a positive integer"):
         AWQ(points=0)
+
+
+def test_a_solver_can_judge_the_scales():
+    """Of the formula's candidates, those whose solved weights have the least output error, here in float64."""
+    w, x = outliers(seed=8)
+    other = reference.problem(32, 9, seed=5)[0]
+    hessian = hessian_of(x)
+    h = np.asarray(hessian.mean(), np.float64)
+    errors, candidates = [], [s for _, s in oracle_scales([w, other], x, 10, **OPTIONS)]
+    for s in candidates:
+        scaled = h / s[:, None] / s
+        solved = [reference.gptq((s[:, None] * each).astype(np.float32), scaled, **OPTIONS) for each in (w, other)]
+        deltas = [each - found.weight / s[:, None] for each, found in zip((w, other), solved, strict=True)]
+        errors.append(sum(np.trace(d.T @ h @ d) for d in deltas))
+    assert np.sort(errors)[1] > 1.01 * min(errors)  # no tie
+    weights = [jnp.asarray(w), jnp.asarray(other)]
+    rounded = AWQ(points=10).scales(weights, hessian, GRID)
+    scales = AWQ(points=10, judge=PLAIN).scales(weights, hessian, GRID)
+    np.testing.assert_allclose(scales, candidates[np.argmin(errors)], rtol=1e-5)
+    assert not np.allclose(scales, rounded, rtol=1e-3)
