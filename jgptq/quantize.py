@@ -117,6 +117,8 @@ def quantize(
     params: any pytree. A leaf may be lazy: no array, but with `shape`, `dtype` and a `__getitem__` that gives NumPy
         arrays; it is read when first needed and again dropped.
     batches: calibration inputs; each is the tuple of f's inputs (anything else stands for a tuple of one).
+        Batches and params may lie on several devices, also of several processes: sums over tokens go over all of
+        them, and each solves some of the outputs.
     grid: Grid() unless given. method: a name in METHODS or a Method value.
     quality: what a method's name stands for. "fast": plain GPTQ with group-aware reordering. "balanced": scales and
         zeros chosen with the solver in the loop, and weights that make up for what the quantized layers before them
@@ -241,7 +243,8 @@ def _assembled(params: Any, parts: dict, biases: dict, steps: Sequence[Step], fo
     leaves, tree = jax.tree.flatten(params)
     for (leaf, index), values in biases.items():
         whole = jnp.asarray(leaves[leaf][tuple(map(slice, leaves[leaf].shape))])
-        leaves[leaf] = whole.at[tuple(slice(*bounds) for bounds in index)].set(values)
+        own = np.asarray(replicated(values))
+        leaves[leaf] = whole.at[tuple(slice(*bounds) for bounds in index)].set(own)
     _fold(leaves, parts, steps, folds)
     for leaf, site in sites.items():
         leaves[leaf] = _joined(site, parts.pop(leaf))

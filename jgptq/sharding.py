@@ -35,7 +35,8 @@ def shard(params: Any, mesh: Mesh | AbstractMesh, *, axis: str = "model", by_inp
     the kernel that its platform has, and rows are divided over the mesh's other axes. A weight says in its `partition`
     how it is divided, so it is to be moved by this function, and not by jax.device_put.
 
-    mesh: of any axis types, which are taken as Auto; AbstractMesh for ShapeDtypeStructs, to compile ahead of time.
+    mesh: its axes are taken as Auto, and other arrays on a mesh that meet these must have such; an AbstractMesh is for
+        ShapeDtypeStructs, to compile ahead of time.
     """
     if axis not in mesh.axis_names:
         raise ValueError(f"axis={axis!r}; the mesh has the axes {tuple(mesh.axis_names)}")

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,16 @@ class TestQuantize:
         np.testing.assert_array_equal(weight.codes, expected.codes)
         for name in ("loss", "relative_error", "output"):
             np.testing.assert_allclose(getattr(info, name), getattr(single, name), rtol=1e-5)
+
+
+def test_the_readme():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    code = text.partition("### Several devices\n")[2].partition("```python\n")[2].partition("```")[0]
+    names = {}
+    exec(code, names)
+    expected = names["f"](names["params"], names["batches"][0])
+    assert np.linalg.norm(names["y"] - expected) < 0.2 * np.linalg.norm(expected)
+    assert [weight.partition.of for weight in names["params_q"].values()] == ["inputs", "outputs"]
 
 
 class TestMatmul:
