@@ -209,7 +209,7 @@ class Executor:
             if snapshot is not None:
                 stream.restore(snapshot)
         self._means = [total / jnp.maximum(hessian.tokens, 1) for total in inputs]
-        return hessian, drift
+        return replicated((hessian, drift))
 
     def _add_inputs(self, totals: list[jax.Array], stream: Stream, read: Read) -> list[jax.Array]:
         """Adds one product's inputs, summed over tokens, in both models."""

@@ -27,8 +27,8 @@ def pack(codes: Integer[Array, "*batch length out"], bits: int) -> UInt32[Array,
     *batch, length, out = codes.shape
     period, period_words = _period(bits)
     blocks = -(-length // period)
-    padded = jnp.zeros((*batch, blocks * period, out), jnp.uint32).at[..., :length, :].set(codes.astype(jnp.uint32))
-    padded = padded.reshape(*batch, blocks, period, out)
+    ends = [(0, 0)] * len(batch) + [(0, blocks * period - length), (0, 0)]
+    padded = jnp.pad(codes.astype(jnp.uint32), ends).reshape(*batch, blocks, period, out)
     words = [jnp.zeros((*batch, blocks, out), jnp.uint32) for _ in range(period_words)]
     for k in range(period):
         word, shift = divmod(k * bits, 32)

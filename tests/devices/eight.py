@@ -109,6 +109,14 @@ class TestQuantize:
         with pytest.raises(ValueError, match=r"several meshes .* put all of them on one"):
             jgptq.quantize(network, params, [jax.device_put(x, NamedSharding(halves[1], P("data")))], **settings)
 
+    @pytest.mark.parametrize("axes", ["data", ("data", "model")])
+    def test_hessians_are_summed_where_tokens_are(self, axes):
+        mesh = mesh_of(2, 4, AxisType.Auto)
+        x = jax.device_put(normal(8, 16, 64), NamedSharding(mesh, P(axes)))
+        hessian, sent = ran(jgptq.update_hessian, jgptq.init_hessian(64), x)
+        assert sent == {("f32[64,64]{1,0}", "all-reduce"): 1}
+        np.testing.assert_allclose(hessian.total, np.einsum("bti,btj->ij", x, x), rtol=1e-5, atol=1e-4)
+
     def test_no_device_sees_all_outputs(self):
         mesh = mesh_of(2, 4, AxisType.Auto)
         w = jax.device_put(normal(64, 128), NamedSharding(mesh, P(None, "model")))
