@@ -31,6 +31,11 @@ class Hessian:
         """Mean over tokens of x xᵀ; zero when no token was seen."""
         return self.total / jnp.maximum(self.tokens, 1).astype(jnp.float32)[..., None, None]
 
+    @property
+    def diagonal(self) -> Float[Array, "*stack in"]:
+        """Of the mean: the mean square of each input."""
+        return jnp.diagonal(self.total, axis1=-2, axis2=-1) / jnp.maximum(self.tokens, 1).astype(jnp.float32)[..., None]
+
     def energy(self, d: Float[Array, "in out"]) -> Float[Array, ""]:
         """tr(dᵀ H d) for the mean H: the mean squared output, through d, of the inputs seen, summed over all outputs.
 

@@ -24,7 +24,16 @@ from jgptq.grid import Grid, scales_at_limit
 from jgptq.hessian import Factor, Hessian, factor
 from jgptq.solvers import fits
 from jgptq.solvers.descent import CHUNK, STRIP, Block, Rows, descend, group_inverses
-from jgptq.solvers.method import Info, check_damp, check_hessian, check_weight, over_outputs, pack, relative
+from jgptq.solvers.method import (
+    Info,
+    check_damp,
+    check_hessian,
+    check_weight,
+    energy,
+    over_outputs,
+    pack,
+    relative,
+)
 from jgptq.solvers.sweeps import group_factors, sweep
 from jgptq.solvers.targets import Targets
 
@@ -86,6 +95,7 @@ class Prepared(NamedTuple):
     groups: Int[Array, " slots"]  # the group whose grid the slot uses
     factor: Factor
     inverses: Float[Array, "groups group group"] | None  # of the factor's own block of each group; None: one group
+    diagonal: Float[Array, " in"]  # the Hessian's
     tokens: Int[Array, ""]
     dead_inputs: Int[Array, ""]
     finite: Bool[Array, ""]  # whether the Hessian was
@@ -161,7 +171,7 @@ def _prepare(hessian, group_length, damp, act_order, block_size):
     dead, finite = jnp.sum(diagonal <= 0), jnp.isfinite(jnp.sum(hessian.total * 0.0))
     factored = factor(hessian, damp, inputs)
     inverses = group_inverses(factored.lower, plan.group) if plan.group < inputs.shape[0] else None
-    return Prepared(inputs, groups, factored, inverses, hessian.tokens, dead, finite)
+    return Prepared(inputs, groups, factored, inverses, hessian.diagonal, hessian.tokens, dead, finite)
 
 
 @functools.partial(jax.jit, static_argnames=("act_order", "block_size", "scale_search", "sweeps"))
@@ -188,11 +198,11 @@ def _solve(w, prepared, grid, act_order, block_size, scale_search, sweeps):
         # The loss is that of the damped Hessian; what was added to its diagonal comes off again.
         added = jnp.sum(factored.added * jnp.sum(solution.errors**2, axis=1))
         grids_used = rows or solution
-        return solution.codes, grids_used.scales, grids_used.zeros, jnp.sum(solution.loss), added, factored.energy(tile)
+        return solution.codes, grids_used.scales, grids_used.zeros, jnp.sum(solution.loss), added
 
-    *parts, loss, added, output = over_outputs(outputs, w)
+    *parts, loss, added = over_outputs(outputs, w)
     codes, scales, zeros = (jnp.moveaxis(part, 0, 1).reshape(-1, out_features) for part in parts)
-    loss, added, output = jnp.sum(loss), jnp.sum(added), jnp.sum(output)
+    loss, added, output = jnp.sum(loss), jnp.sum(added), energy(prepared, (w,))
 
     codes = jnp.zeros((in_features, out_features), jnp.uint8).at[inputs].set(codes, mode="drop")
     permutation = None
