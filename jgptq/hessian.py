@@ -89,21 +89,21 @@ def _update(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
     rows = x.reshape(-1, x.shape[-1])
     if rows.dtype not in (jnp.bfloat16, jnp.float16):
         rows = rows.astype(jnp.float32)
-    n = rows.shape[1]
-    size = _divisor(n, 1024)
-    size = size if size >= 64 else n
-
-    def add(i, total):
-        """Some rows of the sum: all at once would take a second matrix."""
-        columns = lax.dynamic_slice_in_dim(rows, i * size, size, axis=1)
+    n, total = rows.shape[1], hessian.total
+    size = n // next(count for count in range(8, 0, -1) if n % count == 0 and (n >= 128 * count or count == 1))
+    for start in range(0, n, size):
+        # Some rows of the lower triangle at a time: all at once would take a second matrix.
+        here, before, upto = slice(start, start + size), slice(0, start), slice(0, start + size)
         # Products of two bf16 or fp16 numbers are exact in float32, so narrow inputs need no widening first.
         gram = lax.dot_general(
-            columns, rows, (((0,), (0,)), ((), ())), precision=HIGHEST, preferred_element_type=jnp.float32
+            rows[:, here],
+            rows[:, upto],
+            (((0,), (0,)), ((), ())),
+            precision=HIGHEST,
+            preferred_element_type=jnp.float32,
         )
-        before = lax.dynamic_slice_in_dim(total, i * size, size)
-        return lax.dynamic_update_slice_in_dim(total, before + gram, i * size, axis=0)
-
-    return Hessian(lax.fori_loop(0, n // size, add, hessian.total), hessian.tokens + rows.shape[0])
+        total = total.at[here, upto].add(gram).at[before, here].add(gram[:, before].T)
+    return Hessian(total, hessian.tokens + rows.shape[0])
 
 
 def merge_hessians(a: Hessian, b: Hessian) -> Hessian:
@@ -129,7 +129,7 @@ class Factor(NamedTuple):
     failed: Bool[Array, ""]
 
     def energy(self, d: Float[Array, "in out"]) -> Float[Array, ""]:
-        """tr(dᵀ H d), d in the factor's order, with no H at hand: the sum of squares of D^½ L d, less what was added."""
+        """tr(dᵀ H d), d in the factor's order, with no H at hand: the squares of D^½ L d, less what was added."""
         d = jnp.where(self.live[:, None], d, 0.0)
         return jnp.sum(self.pivots * jnp.sum(self.times(d) ** 2, axis=1) - self.added * jnp.sum(d**2, axis=1))
 

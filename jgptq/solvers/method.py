@@ -23,8 +23,8 @@ class Info:
 
     loss: the solver's objective: mean squared output error summed over output features, damping included.
     relative_error: output error energy over output energy, tr(ΔᵀHΔ) / tr(WᵀHW), without damping.
-    output: the output energy. Of more than 1024 outputs an estimate (see `energy`), in relative_error too: off by 1 % on
-    trained weights, seldom 3 %, and by the same factor for every method.
+    output: the output energy. Of more than 1024 outputs an estimate (see `energy`), in relative_error too: off by
+    about 1 % on trained weights, seldom by 3 %, and by the same factor for every method.
     damp: damping used, in units of the mean diagonal; larger than asked for when the factorization failed there.
     tokens: calibration tokens seen. dead_inputs: inputs that were always zero. failed: no sound factorization; the
     codes mean nothing. scales_at_limit: scales that their dtype could not hold.
@@ -47,7 +47,8 @@ class Method(Protocol):
     """A quantization method with its options, as a value: one row of METHODS.
 
     It may also have prepare(hessian, grid): what the solves of several weights on one Hessian share, which `solve` then
-    gets in the Hessian's place, with `tokens`, `diagonal` and `energy(d)` as a Hessian has them: the Hessian is not kept.
+    gets in the Hessian's place, with `tokens`, `diagonal` and `energy(d)` as a Hessian has them. The Hessian is not
+    kept.
     """
 
     name: str
