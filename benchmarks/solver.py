@@ -1,17 +1,17 @@
 """GPTQ on one weight with a given Hessian: jgptq.gptq against the paper's own algorithm in PyTorch, on the CPU.
 
-    python benchmarks/solver.py                          # 4096×4096, writes benchmarks/results/solver-cpu.json
-    python benchmarks/solver.py --in-features 1024 --out-features 1024 --output /tmp/solver.json
+    python benchmarks/solver.py                          # three shapes, writes benchmarks/results/solver-cpu.json
+    python benchmarks/solver.py --shapes 1024x1024 --output /tmp/solver.json
 
 First the codes of both are checked against the float64 oracle of tests/reference.py at 64×512, for every width. Then
-the two run in turn, torch, jgptq, torch, jgptq …, on the same weight and Hessian. On a machine with other work the
-CPU seconds of the process say more than the wall clock. torch runs in several forms beforehand, one and more threads
-in its column loop, torch.cholesky_inverse as in the original or triangular solves, and the fastest form is the one
-that races. Needs PyTorch: pip install torch.
+for each shape (in×out) the sides run in turn, original, tuned, jgptq, original …, on the same weight and Hessian.
+`original` is the algorithm as its authors wrote it, with torch.cholesky_inverse; `tuned` takes triangular solves in its
+place and one thread in the column loop. At the end what `quality=` stands for solves a 1024×1024 weight. On a machine
+with other work the CPU seconds of the process say more than the wall clock, and the least of several more than their
+median. Needs PyTorch: pip install torch.
 """
 
 import argparse
-import functools
 import json
 import os
 import platform
@@ -27,6 +27,7 @@ import torch
 
 import jgptq
 from jgptq import tensor
+from jgptq.solvers import PRESETS, QUALITIES
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
@@ -74,81 +75,98 @@ def timed(run) -> dict:
     return {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
-def compare(torch_rows: list[dict], jax_rows: list[dict], summary) -> dict:
-    """Wall and CPU seconds of both sides and their ratio; `summary`: median, or min for a machine with other work."""
-    table = {}
-    for key in ("wall_seconds", "cpu_seconds"):
-        theirs, ours = (summary([row[key] for row in rows]) for rows in (torch_rows, jax_rows))
-        table[key] = {"torch": theirs, "jgptq": ours, "jgptq_over_torch": ours / theirs}
-    return table
+# The peers, by their options of reference_gptq_torch.gptq.
+FORMS = {"original": {"cholesky_inverse": True}, "tuned": {"cholesky_inverse": False, "loop_threads": 1}}
 
 
-def race(args) -> dict:
-    """Compiles jgptq.gptq, lets each side warm up, then runs both in turn."""
+def problem(n: int, out: int) -> tuple[np.ndarray, jgptq.Hessian]:
+    """A normal weight, and the Hessian of correlated inputs with the spectrum i^-0.75, mixed by random reflections."""
     rng = np.random.default_rng(0)
-    n = args.in_features
-    # Correlated inputs with the spectrum i^-0.75, mixed by random reflections.
-    x = rng.standard_normal((2 * n, n), np.float32) * np.arange(1, n + 1, dtype=np.float32) ** -0.375
+    x = rng.standard_normal((n + 1024, n), np.float32) * np.arange(1, n + 1, dtype=np.float32) ** -0.375
     for _ in range(4):
         v = rng.standard_normal(n, np.float32)
         x -= np.outer(x @ v, v * (2 / (v @ v)))
-    w = rng.standard_normal((n, args.out_features), np.float32)
-    hessian = jax.block_until_ready(hessian_of(x))
+    return rng.standard_normal((n, out), np.float32), jax.block_until_ready(hessian_of(x))
+
+
+def summarized(sides: dict[str, list[dict]]) -> dict:
+    """Median and least wall and CPU seconds of each side, and jgptq's over each of the others'."""
+    table = {}
+    for summary in (statistics.median, min):
+        for key in ("wall_seconds", "cpu_seconds"):
+            values = {name: summary([row[key] for row in rows]) for name, rows in sides.items()}
+            ratios = {f"jgptq_over_{name}": values["jgptq"] / values[name] for name in FORMS}
+            table[f"{summary.__name__}_{key}"] = values | ratios
+    return table
+
+
+def race(shape: tuple[int, int], args) -> dict:
+    """Compiles jgptq.gptq, lets each side warm up, then runs all in turn."""
+    w, hessian = problem(*shape)
     jax_w, torch_w, torch_h = jnp.asarray(w), torch.from_numpy(w), torch.tensor(np.asarray(hessian.mean()))
     grid = jgptq.Grid(bits=args.bits, group_size=args.group_size)
 
-    solve = jax.jit(lambda w, hessian: jgptq.gptq(w, hessian, grid, act_order=False, block_size=128))
-    lowered = solve.lower(jax_w, hessian)
-    compile_time = timed(lowered.compile)
+    solve = jax.jit(lambda w, hessian: jgptq.gptq(w, hessian, grid, act_order=False))
+    compile_time = timed(solve.lower(jax_w, hessian).compile)
 
     def ours():
         return jax.block_until_ready(solve(jax_w, hessian))
 
-    forms = [
-        {"loop_threads": loop_threads, "cholesky_inverse": cholesky_inverse}
-        for loop_threads in sorted({1, args.threads})
-        for cholesky_inverse in (False, True)
-    ]
-
     def theirs(form):
-        return reference_gptq_torch.gptq(
-            torch_w, torch_h, bits=args.bits, group_size=args.group_size, threads=args.threads, **form
-        )
+        options = {"threads": args.threads, "loop_threads": args.threads} | FORMS[form]
+        return reference_gptq_torch.gptq(torch_w, torch_h, bits=args.bits, group_size=args.group_size, **options)
 
-    (_, info), solution = ours(), theirs(forms[0])
-    warm_up = [{**form, **timed(functools.partial(theirs, form))} for form in forms]
-    print(*warm_up, sep="\n", flush=True)
-    form = forms[min(range(len(forms)), key=lambda k: warm_up[k][args.judge])]
-    torch_rows, torch_splits, jax_rows = [], [], []
+    losses = {"jgptq": float(ours()[1].loss)} | {form: float(theirs(form).loss) for form in FORMS}
+    sides: dict[str, list[dict]] = {name: [] for name in (*FORMS, "jgptq")}
     for _ in range(args.repeats):
-        torch_rows.append(timed(lambda: torch_splits.append(theirs(form).cpu_seconds)))
-        jax_rows.append(timed(ours))
-        print(f"torch {torch_rows[-1]}\njgptq {jax_rows[-1]}", flush=True)
+        for form in FORMS:
+            splits: list[dict] = []
+            row = timed(lambda form=form, splits=splits: splits.append(theirs(form).cpu_seconds))
+            sides[form].append(row | {"cpu_seconds_split": splits[0]})
+        sides["jgptq"].append(timed(ours))
+        print({name: rows[-1] for name, rows in sides.items()}, flush=True)
     return {
+        "in_features": shape[0],
+        "out_features": shape[1],
         "compile": compile_time,
-        "torch": {
-            "form": form,
-            "warm_up": warm_up,
-            "runs": torch_rows,
-            "cpu_seconds_split": {
-                part: statistics.median(split[part] for split in torch_splits) for part in torch_splits[0]
-            },
-        },
-        "jgptq": {"runs": jax_rows},
-        **{summary.__name__: compare(torch_rows, jax_rows, summary) for summary in (statistics.median, min)},
-        "loss": {"torch": float(solution.loss), "jgptq": float(info.loss)},
+        "runs": sides,
+        **summarized(sides),
+        "loss": losses,
     }
+
+
+def qualities(args) -> list[dict]:
+    """What `quality=` stands for on one weight, the Hessian given; seconds after compilation."""
+    w, hessian = problem(1024, 1024)
+    grid, rows = jgptq.Grid(bits=args.bits, group_size=args.group_size), []
+    for quality in QUALITIES:
+        method = PRESETS["gptq"][quality]
+
+        def solve(method=method):
+            return jax.block_until_ready(method.solve(jnp.asarray(w), hessian, grid))
+
+        first = timed(solve)
+        runs = [timed(solve) for _ in range(args.repeats)]
+        least = {f"min_{key}": min(run[key] for run in runs) for key in ("wall_seconds", "cpu_seconds")}
+        error = float(solve()[1].relative_error)
+        rows.append({"quality": quality, "with_compilation": first, **least, "relative_error": error})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--in-features", type=int, default=4096)
-    parser.add_argument("--out-features", type=int, default=4096)
+    shapes = ["4096x4096", "4096x11008", "11008x4096"]
+    parser.add_argument("--shapes", type=shape_of, nargs="+", default=list(map(shape_of, shapes)), help="in x out")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--judge", choices=("wall_seconds", "cpu_seconds"), default="cpu_seconds")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/solver-cpu.json")
     args = parser.parse_args()
 
@@ -163,21 +181,22 @@ def main() -> None:
             "numpy": np.__version__,
             "jgptq": jgptq.__version__,
         },
-        "in_features": args.in_features,
-        "out_features": args.out_features,
         "bits": args.bits,
         "group_size": args.group_size,
         "dtype": "float32",
         "load_average_at_start": os.getloadavg()[0],
         "agreement_with_float64_at_64x512": agreement,
-        **race(args),
+        "shapes": [race(shape, args) for shape in args.shapes],
+        "qualities_at_1024x1024": qualities(args),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(
-        json.dumps({key: result[key] for key in ("median", "min")}, indent=1),
-        f"\ncompiled in {result['compile']}\nwrote {args.output}",
-    )
+    print("CPU seconds, the least of each side:")
+    print(f"{'in x out':>13} {'original':>9} {'tuned':>9} {'jgptq':>9} {'/original':>9} {'/tuned':>9}")
+    for row in result["shapes"]:
+        shape, least = f"{row['in_features']} x {row['out_features']}", row["min_cpu_seconds"]
+        print(f"{shape:>13}", *(f"{value:9.2f}" for value in least.values()))
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

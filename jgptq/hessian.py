@@ -31,6 +31,11 @@ class Hessian:
         """Mean over tokens of x xᵀ; zero when no token was seen."""
         return self.total / jnp.maximum(self.tokens, 1).astype(jnp.float32)[..., None, None]
 
+    @property
+    def diagonal(self) -> Float[Array, "*stack in"]:
+        """Of the mean: the mean square of each input."""
+        return jnp.diagonal(self.total, axis1=-2, axis2=-1) / jnp.maximum(self.tokens, 1).astype(jnp.float32)[..., None]
+
     def energy(self, d: Float[Array, "in out"]) -> Float[Array, ""]:
         """tr(dᵀ H d) for the mean H: the mean squared output, through d, of the inputs seen, summed over all outputs.
 
@@ -84,21 +89,21 @@ def _update(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
     rows = x.reshape(-1, x.shape[-1])
     if rows.dtype not in (jnp.bfloat16, jnp.float16):
         rows = rows.astype(jnp.float32)
-    n = rows.shape[1]
-    size = _divisor(n, 1024)
-    size = size if size >= 64 else n
-
-    def add(i, total):
-        """Some rows of the sum: all at once would take a second matrix."""
-        columns = lax.dynamic_slice_in_dim(rows, i * size, size, axis=1)
+    n, total = rows.shape[1], hessian.total
+    size = n // next(count for count in range(8, 0, -1) if n % count == 0 and (n >= 128 * count or count == 1))
+    for start in range(0, n, size):
+        # Some rows of the lower triangle at a time: all at once would take a second matrix.
+        here, before, upto = slice(start, start + size), slice(0, start), slice(0, start + size)
         # Products of two bf16 or fp16 numbers are exact in float32, so narrow inputs need no widening first.
         gram = lax.dot_general(
-            columns, rows, (((0,), (0,)), ((), ())), precision=HIGHEST, preferred_element_type=jnp.float32
+            rows[:, here],
+            rows[:, upto],
+            (((0,), (0,)), ((), ())),
+            precision=HIGHEST,
+            preferred_element_type=jnp.float32,
         )
-        before = lax.dynamic_slice_in_dim(total, i * size, size)
-        return lax.dynamic_update_slice_in_dim(total, before + gram, i * size, axis=0)
-
-    return Hessian(lax.fori_loop(0, n // size, add, hessian.total), hessian.tokens + rows.shape[0])
+        total = total.at[here, upto].add(gram).at[before, here].add(gram[:, before].T)
+    return Hessian(total, hessian.tokens + rows.shape[0])
 
 
 def merge_hessians(a: Hessian, b: Hessian) -> Hessian:
@@ -109,61 +114,53 @@ def merge_hessians(a: Hessian, b: Hessian) -> Hessian:
 
 
 class Factor(NamedTuple):
-    """H + diag(added) = U · diag(pivots) · Uᵀ with U unit upper triangular; `columns` gives U.
+    """H + diag(added) = Lᵀ · diag(pivots) · L with L unit lower triangular.
 
-    backwards: U·diag(pivots)^½ with rows and columns in reverse order: a lower triangle, as it comes from Cholesky.
-    added: what damping and dead inputs added to the diagonal of H. live: which inputs are not dead. damp: the damping
-    used, at least the one asked for. failed: no damping made the matrix positive definite.
+    lower: L, zeros above its diagonal. added: what damping and dead inputs added to the diagonal of H. live: which
+    inputs are not dead. damp: the damping used, at least the one asked for. failed: no damping made the matrix positive
+    definite.
     """
 
-    backwards: Float[Array, "in in"]
+    lower: Float[Array, "in in"]
     pivots: Float[Array, " in"]
     added: Float[Array, " in"]
     live: Bool[Array, " in"]
     damp: Float[Array, ""]
     failed: Bool[Array, ""]
 
-    def columns(self, start: Int[Array, ""] | int, size: int) -> Float[Array, "in size"]:
-        """Columns start .. start + size of U. Turned round here, some at a time: all at once takes memory for two."""
-        block = lax.dynamic_slice_in_dim(self.backwards, self.pivots.shape[0] - start - size, size, axis=1)
-        roots = lax.dynamic_slice_in_dim(jnp.sqrt(self.pivots), start, size)
-        return block[::-1, ::-1] / roots[None, :]
-
     def energy(self, d: Float[Array, "in out"]) -> Float[Array, ""]:
-        """tr(dᵀ H d), d in the factor's order, with no H at hand: the sum of squares of D^½ Uᵀ d, less what was added.
+        """tr(dᵀ H d), d in the factor's order, with no H at hand: the squares of D^½ L d, less what was added."""
+        d = jnp.where(self.live[:, None], d, 0.0)
+        return jnp.sum(self.pivots * jnp.sum(self.times(d) ** 2, axis=1) - self.added * jnp.sum(d**2, axis=1))
 
-        Reads only the lower blocks, which halves the products.
-        """
+    def times(self, d: Float[Array, "in out"]) -> Float[Array, "in out"]:
+        """L d. Reads only the lower blocks, which halves the products."""
         n = self.pivots.shape[0]
         size = min(512, n)
-        d = jnp.where(self.live[:, None], d, 0.0)
-        reverse = d[::-1]
 
-        def block_column(total, j):
-            # A slice that would end outside is moved back: its first rows or columns were in the one before.
-            first = jnp.minimum(j * size, n - size)
+        def rows(i, product):
+            # A slice that would end outside is moved back: its first rows were in the one before.
+            row = jnp.minimum(i * size, n - size)
 
-            def product(i, sums):
-                row = jnp.minimum(i * size, n - size)
-                rows = lax.dynamic_slice_in_dim(reverse, row, size)
-                rows = jnp.where((row + jnp.arange(size) >= i * size)[:, None], rows, 0.0)
-                block = lax.dynamic_slice(self.backwards, (row, first), (size, size))
-                return sums + jnp.dot(block.T, rows, precision=HIGHEST)
+            def add(j, sums):
+                column = jnp.minimum(j * size, n - size)
+                new = (column + jnp.arange(size) >= j * size)[:, None]
+                block = lax.dynamic_slice(self.lower, (row, column), (size, size))
+                d_j = jnp.where(new, lax.dynamic_slice_in_dim(d, column, size), 0.0)
+                return sums + jnp.dot(block, d_j, precision=HIGHEST)
 
-            sums = lax.fori_loop(j, -(-n // size), product, jnp.zeros((size, d.shape[1]), d.dtype))
-            return total + jnp.sum(jnp.where((first + jnp.arange(size) >= j * size)[:, None], sums**2, 0.0)), None
+            sums = lax.fori_loop(0, i + 1, add, jnp.zeros((size, d.shape[1]), d.dtype))
+            return lax.dynamic_update_slice_in_dim(product, sums, row, axis=0)
 
-        total = lax.scan(block_column, jnp.zeros((), d.dtype), jnp.arange(-(-n // size)))[0]
-        return total - jnp.sum(self.added * jnp.sum(d**2, axis=1))
+        return lax.fori_loop(0, -(-n // size), rows, jnp.zeros_like(d))
 
     def solve(self, b: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """The x for which (H + diag(added)) x = b, both in the factor's order."""
-        return jax.scipy.linalg.cho_solve((self.backwards, True), b[::-1])[::-1]
-
-    def rows(self, start: Int[Array, ""] | int, size: int) -> Float[Array, "size in"]:
-        """Rows start .. start + size of U."""
-        block = lax.dynamic_slice_in_dim(self.backwards, self.pivots.shape[0] - start - size, size, axis=0)
-        return block[::-1, ::-1] / jnp.sqrt(self.pivots)[None, :]
+        half = lax.linalg.triangular_solve(
+            self.lower, b, left_side=True, lower=True, transpose_a=True, unit_diagonal=True
+        )
+        half /= self.pivots[:, None]
+        return lax.linalg.triangular_solve(self.lower, half, left_side=True, lower=True, unit_diagonal=True)
 
 
 # The largest damping tried: past this multiple of the mean diagonal the factor is of the damping, not of the data.
@@ -188,9 +185,9 @@ def factor(hessian: Hessian, damp: Float[Array, ""] | float, order: Int[Array, "
 
     def attempt(state):
         damp, lower, *_ = state
-        lower = _cholesky(_backwards(lower, hessian.total, tokens, order, revived + damp * scale))
-        # What is not finite in a row makes its pivot so.
-        roots = jnp.diagonal(lower)[::-1]
+        lower = _cholesky(_damped(lower, hessian.total, tokens, order, revived + damp * scale))
+        # What is not finite in a column makes its pivot so.
+        roots = jnp.diagonal(lower)
         pivots = roots * roots
         sound = jnp.all(jnp.isfinite(pivots)) & jnp.all(pivots > 0.5 * damp * scale) & jnp.all(pivots > 0)
         return jnp.where(sound, damp, jnp.maximum(10.0 * damp, 1e-4)), lower, pivots, sound
@@ -208,7 +205,7 @@ def factor(hessian: Hessian, damp: Float[Array, ""] | float, order: Int[Array, "
     )
     damp, lower, pivots, sound = lax.while_loop(unsound, attempt, start)
     damp = jnp.where(sound, damp, 0.1 * damp)  # the last one tried
-    return Factor(lower, pivots, revived + damp * scale, live, damp, ~sound)
+    return Factor(lower / jnp.sqrt(pivots)[:, None], pivots, revived + damp * scale, live, damp, ~sound)
 
 
 def _taken(array: Array, indices: Array, axis: int) -> Array:
@@ -216,14 +213,13 @@ def _taken(array: Array, indices: Array, axis: int) -> Array:
     return jnp.take(array, indices, axis=axis, mode="fill", fill_value=0)
 
 
-def _backwards(out: Array, total: Array, tokens: Array, order: Array, added: Array) -> Float[Array, "slots slots"]:
-    """The lower triangle of the mean Hessian plus `added` on its diagonal, inputs in reverse order.
+def _damped(out: Array, total: Array, tokens: Array, order: Array, added: Array) -> Float[Array, "slots slots"]:
+    """The lower triangle of the mean Hessian plus `added` on its diagonal.
 
     Goes into `out`, whose values do not matter, some rows at a time: a loop works in place, the whole would be copied.
     """
     slots = order.shape[0]
     size = _divisor(slots, 128)
-    order, added = order[::-1], added[::-1]
 
     def rows(block, out):
         here = (block * size + jnp.arange(size))[:, None]
@@ -241,7 +237,7 @@ def _divisor(n: int, most: int) -> int:
 
 
 def _cholesky(matrix: Float[Array, "in in"]) -> Float[Array, "in in"]:
-    """The Cholesky factor of a symmetric matrix of which the lower triangle is given, zeros above.
+    """The lower triangular G with GᵀG a symmetric matrix of which the lower triangle is given, zeros above.
 
     On a CPU block by block, in place: the library's takes two more matrices, to turn rows into columns and back, and
     more time for it (2816 inputs on 2 cores: 0.77 s, and 0.43 s here).
@@ -249,27 +245,35 @@ def _cholesky(matrix: Float[Array, "in in"]) -> Float[Array, "in in"]:
     n = matrix.shape[0]
     size = _divisor(n, 512)
     if jax.default_backend() != "cpu" or size < min(n, 64):
-        return lax.linalg.cholesky(matrix, symmetrize_input=False)
+        return _turned(matrix)
 
     def block(matrix, i, j):
         return lax.dynamic_slice(matrix, (i * size, j * size), (size, size))
 
     def left(matrix, i, j):
-        """What is left of a block when the columns before it are done."""
+        """What is left of a block when the rows after it are done."""
 
         def product(k, left):
-            return left - jnp.dot(block(matrix, i, k), block(matrix, j, k).T, precision=HIGHEST)
+            return left - jnp.dot(block(matrix, k, i).T, block(matrix, k, j), precision=HIGHEST)
 
-        return lax.fori_loop(0, j, product, block(matrix, i, j))
+        return lax.fori_loop(i + 1, n // size, product, block(matrix, i, j))
 
-    def column(j, matrix):
-        corner = lax.linalg.cholesky(left(matrix, j, j), symmetrize_input=False)
-        matrix = lax.dynamic_update_slice(matrix, corner, (j * size, j * size))
+    def row(step, matrix):
+        i = n // size - 1 - step
+        corner = _turned(left(matrix, i, i))
+        inverse = lax.linalg.triangular_solve(corner, jnp.eye(size, dtype=matrix.dtype), left_side=True, lower=True)
+        matrix = lax.dynamic_update_slice(matrix, corner, (i * size, i * size))
 
-        def below(i, matrix):
-            solved = lax.linalg.triangular_solve(corner, left(matrix, i, j), lower=True, transpose_a=True)
+        def before(j, matrix):
+            solved = jnp.dot(inverse.T, left(matrix, i, j), precision=HIGHEST)
             return lax.dynamic_update_slice(matrix, solved, (i * size, j * size))
 
-        return lax.fori_loop(j + 1, n // size, below, matrix)
+        return lax.fori_loop(0, i, before, matrix)
 
-    return lax.fori_loop(0, n // size, column, matrix)
+    return lax.fori_loop(0, n // size, row, matrix)
+
+
+def _turned(matrix: Float[Array, "in in"]) -> Float[Array, "in in"]:
+    """The same from the library's factor, C Cᵀ of the matrix read backwards."""
+    # Read backwards, the triangle that is given lies above.
+    return lax.linalg.cholesky(matrix[::-1, ::-1].T, symmetrize_input=False)[::-1, ::-1].T

@@ -26,7 +26,7 @@ from jgptq.partition import replicated
 from jgptq.sharding import solve_by_outputs
 from jgptq.solvers import AWQ, METHODS, PRESETS, QUALITIES, RTN, Info, Method, nearest
 from jgptq.solvers.awq import Scaled, scale_hessian
-from jgptq.solvers.method import over_outputs, relative
+from jgptq.solvers.method import energy, relative
 from jgptq.solvers.targets import Drift, Targets, corrections, moved
 from jgptq.tensor import Index, QuantizedTensor, dequantize, join
 from jgptq.tracing.folding import Fold, columns, fold_float, fold_packed
@@ -511,13 +511,10 @@ def _rtn_error(w: jax.Array, target: jax.Array, shared: Any, info: Info, grid: G
 
 @jax.jit
 def _rounding_error(w: jax.Array, target: jax.Array, shared: Any, output: jax.Array, grid: Levels) -> jax.Array:
-    def error(both):
-        w, target = both[:w_in], both[w_in:]
-        return shared.energy(target - nearest(w, grid)[-1])
+    def difference(w, target):
+        return target.astype(jnp.float32) - nearest(w.astype(jnp.float32), grid)[-1]
 
-    w_in = w.shape[0]
-    both = jnp.concatenate([w.astype(jnp.float32), target.astype(jnp.float32)])
-    return relative(jnp.sum(over_outputs(error, both)), output)
+    return relative(energy(shared, (w, target), difference), output)
 
 
 def chosen_sites(

@@ -84,7 +84,7 @@ def problem_hessian(in_features=48, tokens=1024):
 def factored(h, damp, order=None):
     """The factor of a mean Hessian, of three tokens, and its upper triangle."""
     factor = hessians.factor(jgptq.Hessian(jnp.asarray(3 * h), jnp.int32(3)), damp, order)
-    return factor, np.asarray(factor.columns(0, len(factor.pivots)), np.float64)
+    return factor, np.asarray(factor.lower, np.float64).T
 
 
 def test_factor_is_that_of_the_damped_hessian():
@@ -99,11 +99,6 @@ def test_factor_is_that_of_the_damped_hessian():
     np.testing.assert_allclose(added, 0.01 * np.diagonal(h).mean(), rtol=1e-6)
     assert float(damp) == np.float32(0.01)
     assert not failed
-
-
-def test_columns_are_a_part_of_the_factor():
-    factor, upper = factored(problem_hessian(), 0.01)
-    np.testing.assert_array_equal(factor.columns(32, 16), upper[:, 32:])
 
 
 def test_a_factor_in_another_order_with_empty_slots():
@@ -165,7 +160,7 @@ def test_a_wide_factor_made_in_blocks_or_by_the_library(in_features):
 def test_the_last_block_can_fail_and_more_damping_cures_it():
     h = np.eye(1056, dtype=np.float32)
     h[0, 1] = h[1, 0] = 1.5
-    factor, upper = factored(h, 0.01)  # inputs in reverse order: the first two are the last
+    factor, upper = factored(h, 0.01)  # rows go from the last to the first
     assert float(factor.damp) == pytest.approx(1.0)
     assert not factor.failed
     np.testing.assert_allclose(upper * np.asarray(factor.pivots) @ upper.T, h + np.eye(1056), atol=1e-6)
@@ -184,6 +179,8 @@ def test_energy_from_the_factor_is_that_of_the_hessian(in_features):
     for damp, tolerance in ((0.01, 1e-5), (10.0, 1e-4)):  # what was added is subtracted again: damp/1 of the energy
         factor = hessians.factor(accumulate(x), damp, jnp.asarray(order))
         np.testing.assert_allclose(factor.energy(jnp.asarray(in_order)), exact, rtol=tolerance)
+    product = np.asarray(factor.lower, np.float64) @ in_order
+    np.testing.assert_allclose(factor.times(jnp.asarray(in_order)), product, atol=1e-5)
 
 
 def test_dead_inputs_have_no_energy_at_all():

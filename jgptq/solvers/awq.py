@@ -118,6 +118,11 @@ class Scaled(NamedTuple):
     def tokens(self) -> Array:
         return self.shared.tokens
 
+    @property
+    def diagonal(self) -> Float[Array, " in"]:
+        """Of the Hessian of the inputs before scaling."""
+        return self.scales**2 * self.shared.diagonal
+
     def energy(self, d: Float[Array, "in out"]) -> Float[Array, ""]:
         """tr(dᵀ H d) of the inputs before scaling, as `Hessian.energy` gives it."""
         return self.shared.energy(self.scales[:, None] * d)

@@ -1,13 +1,12 @@
 """The recursion of GPTQ over a block of inputs, in nested blocks.
 
-With H + λI = M D Mᵀ, M unit upper triangular, and e = w - q,
+With H + λI = Lᵀ D L, L unit lower triangular, and e = w - q,
 
-    t_j = w_j + Σ_{k<j} e_k M_kj,    q_j = nearest grid point to t_j,    loss = Σ_j D_j (t_j - q_j)².
+    t_j = w_j + Σ_{k<j} L_jk e_k,    q_j = nearest grid point to t_j,    loss = Σ_j D_j (t_j - q_j)².
 
 The sum over earlier blocks is a matrix product, and only the last few inputs go one by one.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -20,8 +19,10 @@ from jgptq.solvers import fits
 
 # Inputs that go one by one before a matrix product takes over; 8 to 32 time alike on a CPU.
 STRIP = 16
-# Earlier inputs in one product of the outermost sum: long enough to run at full speed.
+# Inputs in a block of the outermost sum: its products are large enough to run at full speed.
 CHUNK = 512
+# Up to this many inputs earlier and later ones are summed in one product, which costs less than several small ones.
+SHORT = 128
 
 
 class Rows(NamedTuple):
@@ -40,108 +41,115 @@ class Solution(NamedTuple):
     loss: Array  # (out,)
 
 
-def descend(w, feedback, columns_of, pivots, rows, grid, fit, group, sizes) -> Solution:
-    """Solves a block of n inputs given the feedback Σ e_k M_kj of all inputs before it (None: there are none).
+class Block(NamedTuple):
+    """Inputs `start` and on of a factor Lᵀ D L. inverses: of L's own block of each group, if grids are to be fitted."""
 
-    w, feedback (n, out); columns_of(start, size), which gives columns (n, size) of M, and pivots (n,): the block's part
-    of the factor; rows: the grids, once known; fit: what finds them; sizes: the nested block sizes below n.
+    lower: Float[Array, "in in"]
+    pivots: Float[Array, " in"]
+    inverses: Float[Array, "groups group group"] | None = None
+    start: Int[Array, ""] | int = 0
+
+    def at(self, start) -> "Block":
+        return self._replace(start=self.start + start)
+
+    def part(self, row, rows, column, columns) -> Float[Array, "rows columns"]:
+        """`rows` rows of L from `row` on, `columns` columns from `column` on."""
+        return lax.dynamic_slice(self.lower, (self.start + row, self.start + column), (rows, columns))
+
+    def own_pivots(self, n: int) -> Float[Array, " n"]:
+        return lax.dynamic_slice_in_dim(self.pivots, self.start, n)
+
+
+def descend(w, feedback, block: Block, rows, grid, fit, group, sizes) -> Solution:
+    """Solves a block of n inputs given the feedback Σ L_jk e_k of all inputs before it (None: there are none).
+
+    w, feedback (n, out); rows: the grids, once known; fit: what finds them; sizes: the nested block sizes below n.
     """
     n = w.shape[0]
     if rows is None and n == group:
 
         def losses(scales, zeros):
-            return with_grids(w, feedback, columns_of, pivots, scales, zeros, grid, sizes).loss
+            return with_grids(w, feedback, block, scales, zeros, grid, sizes).loss
 
         def compensated():
-            return w if feedback is None else _compensated(w, feedback, columns_of(0, n))
+            return w if feedback is None else _compensated(w, feedback, block)
 
-        scale, zero = fit(fits.Group(compensated, pivots, losses), grid)
+        scale, zero = fit(fits.Group(compensated, block.own_pivots(n), losses), grid)
         rows = Rows(scale[None], zero[None], jnp.zeros(n, jnp.int32))
-        solution = descend(w, feedback, columns_of, pivots, rows, grid, fit, group, sizes)
+        solution = descend(w, feedback, block, rows, grid, fit, group, sizes)
         return solution._replace(scales=rows.scales, zeros=rows.zeros)
     if not sizes:
-        return _strip(w, feedback, columns_of(0, n), pivots, rows, grid)
+        return _strip(w, feedback, block, rows, grid)
 
     size = sizes[0]
-    chunk = min(CHUNK, n)
-    padding = -n % chunk
 
-    def block(errors, start):
-        columns = columns_of(start, size)
-        sums = _earlier(jnp.pad(columns, ((0, padding), (0, 0))), errors, start, chunk)
+    def solve(errors, start):
+        sums = _earlier(block, errors, start, size)
         if feedback is not None:
             sums += lax.dynamic_slice_in_dim(feedback, start, size)
         part = rows and rows._replace(index=lax.dynamic_slice_in_dim(rows.index, start, size))
-        solution = descend(
-            lax.dynamic_slice_in_dim(w, start, size),
-            sums,
-            functools.partial(lax.dynamic_slice_in_dim, lax.dynamic_slice_in_dim(columns, start, size), axis=1),
-            lax.dynamic_slice_in_dim(pivots, start, size),
-            part,
-            grid,
-            fit,
-            group,
-            sizes[1:],
-        )
+        own = lax.dynamic_slice_in_dim(w, start, size)
+        solution = descend(own, sums, block.at(start), part, grid, fit, group, sizes[1:])
         errors = lax.dynamic_update_slice_in_dim(errors, solution.errors, start, axis=0)
         return errors, solution._replace(errors=None)
 
-    errors = jnp.zeros((n + padding, w.shape[1]), w.dtype)
-    errors, parts = lax.scan(block, errors, jnp.arange(0, n, size))
+    errors, parts = lax.scan(solve, jnp.zeros_like(w), jnp.arange(0, n, size))
     codes, scales, zeros = (part.reshape(-1, w.shape[1]) for part in (parts.codes, parts.scales, parts.zeros))
-    return Solution(codes, scales, zeros, errors[:n], jnp.sum(parts.loss, axis=0))
+    return Solution(codes, scales, zeros, errors, jnp.sum(parts.loss, axis=0))
 
 
-def with_grids(w, feedback, columns_of, pivots, scales, zeros, grid, sizes) -> Solution:
+def with_grids(w, feedback, block: Block, scales, zeros, grid, sizes) -> Solution:
     """Solves a group with each of several given (candidates, out) scales and zeros, side by side: codes and errors
     (n, candidates · out), loss (candidates, out)."""
     count, n = scales.shape[0], w.shape[0]
     wide, feedback = (value if value is None else jnp.tile(value, (1, count)) for value in (w, feedback))
     rows = Rows(scales.reshape(1, -1), zeros.reshape(1, -1), jnp.zeros(n, jnp.int32))
-    solution = descend(wide, feedback, columns_of, pivots, rows, grid, None, n, sizes)
+    solution = descend(wide, feedback, block, rows, grid, None, n, sizes)
     return solution._replace(loss=solution.loss.reshape(scales.shape))
 
 
-def _earlier(columns, errors, start, chunk):
-    """Σ_{k < start} errors_k · columns_k for each column, as products of `chunk` rows; later errors are still zero."""
+def _earlier(block, errors, start, size):
+    """Σ_{k < start} L_jk errors_k for `size` inputs from `start` on; later errors are still zero."""
+    n, out = errors.shape
+    if n <= SHORT:
+        return jnp.dot(block.part(start, size, 0, n), errors, precision=HIGHEST)
 
     def product(i, sums):
-        errors_i = lax.dynamic_slice_in_dim(errors, i * chunk, chunk)
-        columns_i = lax.dynamic_slice_in_dim(columns, i * chunk, chunk)
-        return sums + jnp.dot(columns_i.T, errors_i, precision=HIGHEST)
+        columns = block.part(start, size, i * size, size)
+        return sums + jnp.dot(columns, lax.dynamic_slice_in_dim(errors, i * size, size), precision=HIGHEST)
 
-    zeros = jnp.zeros((columns.shape[1], errors.shape[1]), errors.dtype)
-    if errors.shape[0] == chunk:
-        return product(0, zeros)
-    return lax.fori_loop(0, (start + chunk - 1) // chunk, product, zeros)
+    return lax.fori_loop(0, start // size, product, jnp.zeros((size, out), errors.dtype))
 
 
-def _compensated(w, feedback, upper):
-    """The weights of a block as algorithm 1 holds them on reaching it: moved to make up, if left real, for all errors
-    so far. Feedback is in the basis of M, so w + M⁻ᵀ feedback."""
-    # A library solve with so few rows spends most of its time starting threads (on a CPU).
-    eye = jnp.eye(upper.shape[0], dtype=upper.dtype)
-
-    def substitute(i, inverse):
-        j = upper.shape[0] - 1 - i
-        return inverse.at[j].set(eye[j] - jnp.dot(upper[j] - eye[j], inverse, precision=HIGHEST))
-
-    inverse = lax.fori_loop(1, upper.shape[0], substitute, eye)
-    return w + jnp.dot(inverse.T, feedback, precision=HIGHEST)
+def _compensated(w, feedback, block):
+    """The weights of a group as algorithm 1 holds them on reaching it: moved to make up, if left real, for all errors
+    so far. Feedback is in the basis of L, so w + L⁻¹ feedback."""
+    inverse = block.inverses[block.start // w.shape[0]]
+    return w + jnp.dot(inverse, feedback, precision=HIGHEST)
 
 
-def _strip(w, feedback, upper, pivots, rows, grid) -> Solution:
+def _strip(w, feedback, block, rows, grid) -> Solution:
     """The recursion itself, one input at a time."""
+    n = w.shape[0]
     targets = w if feedback is None else w + feedback
+    lower, pivots = block.part(0, n, 0, n), block.own_pivots(n)
 
     def column(j, state):
         errors, codes, loss = state
-        t = targets[j] + jnp.dot(upper[:, j], errors, precision=HIGHEST)
+        t = targets[j] + jnp.dot(lower[j], errors, precision=HIGHEST)
         scale, zero = rows.scales[rows.index[j]], rows.zeros[rows.index[j]]
         code = grids.encode(t, scale, zero, grid.max_code)
         q = grids.decode(code, scale, zero)
         return errors.at[j].set(w[j] - q), codes.at[j].set(code.astype(jnp.uint8)), loss + pivots[j] * (t - q) ** 2
 
     start = (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8), jnp.zeros(w.shape[1], w.dtype))
-    errors, codes, loss = lax.fori_loop(0, w.shape[0], column, start)
+    errors, codes, loss = lax.fori_loop(0, n, column, start)
     return Solution(codes, rows.scales[:0], rows.zeros[:0], errors, loss)
+
+
+def group_inverses(lower: Float[Array, "in in"], group: int) -> Float[Array, "groups group group"]:
+    """The inverse of each group's own block of L."""
+    starts = jnp.arange(0, lower.shape[0], group)
+    blocks = lax.map(lambda start: lax.dynamic_slice(lower, (start, start), (group, group)), starts)
+    eye = jnp.broadcast_to(jnp.eye(group, dtype=lower.dtype), blocks.shape)
+    return lax.linalg.triangular_solve(blocks, eye, left_side=True, lower=True, unit_diagonal=True)

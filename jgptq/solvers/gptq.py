@@ -1,9 +1,9 @@
 """GPTQ: quantize one input after another, letting later inputs make up for the error so far.
 
 [Frantar et al. 2023, algorithm 1], in the form of a nearest-plane recursion that needs one Cholesky factor and no
-inverse [Chee et al. 2023, LDLQ; Chen et al. 2025]: with H + λI = M D Mᵀ, M unit upper triangular, and e = w - q,
+inverse [Chee et al. 2023, LDLQ; Chen et al. 2025]: with H + λI = Lᵀ D L, L unit lower triangular, and e = w - q,
 
-    t_j = w_j + Σ_{k<j} e_k M_kj,    q_j = nearest grid point to t_j,    loss = Σ_j D_j (t_j - q_j)².
+    t_j = w_j + Σ_{k<j} L_jk e_k,    q_j = nearest grid point to t_j,    loss = Σ_j D_j (t_j - q_j)².
 
 The codes are those of algorithm 1; its lazy batches are the nested sums below. Inputs are solved in nested blocks:
 the sum over earlier blocks is a matrix product, and only the last few inputs go one by one.
@@ -23,8 +23,17 @@ from jgptq import tensor
 from jgptq.grid import Grid, scales_at_limit
 from jgptq.hessian import Factor, Hessian, factor
 from jgptq.solvers import fits
-from jgptq.solvers.descent import CHUNK, STRIP, Rows, descend
-from jgptq.solvers.method import Info, check_damp, check_hessian, check_weight, over_outputs, pack, relative
+from jgptq.solvers.descent import CHUNK, STRIP, Block, Rows, descend, group_inverses
+from jgptq.solvers.method import (
+    Info,
+    check_damp,
+    check_hessian,
+    check_weight,
+    energy,
+    over_outputs,
+    pack,
+    relative,
+)
 from jgptq.solvers.sweeps import group_factors, sweep
 from jgptq.solvers.targets import Targets
 
@@ -86,6 +95,8 @@ class Prepared(NamedTuple):
     inputs: Int[Array, " slots"]  # the input in each slot, in_features where the slot is empty
     groups: Int[Array, " slots"]  # the group whose grid the slot uses
     factor: Factor
+    inverses: Float[Array, "groups group group"] | None  # of the factor's own block of each group; None: one group
+    diagonal: Float[Array, " in"]  # the Hessian's
     tokens: Int[Array, ""]
     dead_inputs: Int[Array, ""]
     finite: Bool[Array, ""]  # whether the Hessian was
@@ -159,13 +170,16 @@ def _prepare(hessian, group_length, damp, act_order, block_size):
     inputs, groups = _order(diagonal, plan, act_order)
     # Infinity times 0 is NaN, as is any sum with it; the Booleans of isfinite would take a quarter of a Hessian.
     dead, finite = jnp.sum(diagonal <= 0), jnp.isfinite(jnp.sum(hessian.total * 0.0))
-    return Prepared(inputs, groups, factor(hessian, damp, inputs), hessian.tokens, dead, finite)
+    factored = factor(hessian, damp, inputs)
+    inverses = group_inverses(factored.lower, plan.group) if plan.group < inputs.shape[0] else None
+    return Prepared(inputs, groups, factored, inverses, hessian.diagonal, hessian.tokens, dead, finite)
 
 
 @functools.partial(jax.jit, static_argnames=("act_order", "block_size", "scale_search", "sweeps"))
 def _solve(w, prepared, grid, act_order, block_size, scale_search, sweeps):
     """Codes in stored row order, scales, zeros, permutation or None, Info."""
-    inputs, slot_groups, factored, *_ = prepared
+    inputs, slot_groups, factored, inverses, *_ = prepared
+    block = Block(factored.lower, factored.pivots, inverses)
     w = w.astype(jnp.float32)
     in_features, out_features = w.shape
     group_length = grid.group_length(in_features)
@@ -179,17 +193,17 @@ def _solve(w, prepared, grid, act_order, block_size, scale_search, sweeps):
             rows = Rows(*grids.fit_groups(tile, grid, grids.search if scale_search else grids.fit), slot_groups)
         tile = _in_slots(tile, inputs)
         fit = FITS[scale_search]
-        solution = descend(tile, None, factored.columns, factored.pivots, rows, grid, fit, plan.group, plan.sizes)
+        solution = descend(tile, None, block, rows, grid, fit, plan.group, plan.sizes)
         if factors is not None:
             solution = sweep(tile, solution, factored, factors, grid, plan.sizes, sweeps)
         # The loss is that of the damped Hessian; what was added to its diagonal comes off again.
         added = jnp.sum(factored.added * jnp.sum(solution.errors**2, axis=1))
         grids_used = rows or solution
-        return solution.codes, grids_used.scales, grids_used.zeros, jnp.sum(solution.loss), added, factored.energy(tile)
+        return solution.codes, grids_used.scales, grids_used.zeros, jnp.sum(solution.loss), added
 
-    *parts, loss, added, output = over_outputs(outputs, w)
+    *parts, loss, added = over_outputs(outputs, w)
     codes, scales, zeros = (jnp.moveaxis(part, 0, 1).reshape(-1, out_features) for part in parts)
-    loss, added, output = jnp.sum(loss), jnp.sum(added), jnp.sum(output)
+    loss, added, output = jnp.sum(loss), jnp.sum(added), energy(prepared, (w,))
 
     codes = jnp.zeros((in_features, out_features), jnp.uint8).at[inputs].set(codes, mode="drop")
     permutation = None

@@ -1,11 +1,13 @@
 """What every solver takes and gives: arrays in, a QuantizedTensor and an Info out."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -21,7 +23,8 @@ class Info:
 
     loss: the solver's objective: mean squared output error summed over output features, damping included.
     relative_error: output error energy over output energy, tr(ΔᵀHΔ) / tr(WᵀHW), without damping.
-    output: the output energy.
+    output: the output energy. Of more than 1024 outputs an estimate (see `energy`), in relative_error too: off by
+    about 1 % on trained weights, seldom by 3 %, and by the same factor for every method.
     damp: damping used, in units of the mean diagonal; larger than asked for when the factorization failed there.
     tokens: calibration tokens seen. dead_inputs: inputs that were always zero. failed: no sound factorization; the
     codes mean nothing. scales_at_limit: scales that their dtype could not hold.
@@ -44,7 +47,8 @@ class Method(Protocol):
     """A quantization method with its options, as a value: one row of METHODS.
 
     It may also have prepare(hessian, grid): what the solves of several weights on one Hessian share, which `solve` then
-    gets in the Hessian's place, with `tokens` and `energy(d)` as a Hessian has them: the Hessian is not kept.
+    gets in the Hessian's place, with `tokens`, `diagonal` and `energy(d)` as a Hessian has them. The Hessian is not
+    kept.
     With `separable = True` it says that it solves each output for itself: where there are several devices, each then
     solves some of them.
     """
@@ -100,6 +104,45 @@ def over_outputs(f: Callable, w: Float[Array, "in out"]) -> Any:
     return lax.map(lambda start: f(lax.dynamic_slice_in_dim(w, start, size, axis=1)), starts)
 
 
+# Outputs, or sums of outputs, of which energies are computed.
+SUMS = 1024
+
+
+def energy(shared: Any, arrays: tuple[Array, ...], difference: Callable = lambda w: w) -> Float[Array, ""]:
+    """tr(dᵀ H d) for d = difference(*arrays), all (in, out), which takes outputs for themselves; exact up to 1024.
+
+    Of more it takes 1024 sums of every 1024th output, with random signs, which cancel products of two outputs on the
+    average; times Σ H_kk d_k² of d over that of the sums. A standard deviation of 4.4 % is the most there could be,
+    √(2/1024), were all outputs alike; weights of three small trained models have 1 % (the worst 2.5 %), their rounding
+    errors 0.8 %. The product with H costs as much as a whole solve, and this in_features · 1024 / out of it.
+    """
+    in_features, out_features = arrays[0].shape
+    size = min(SUMS, out_features)
+    count = -(-out_features // size)
+    signs = jnp.asarray(np.random.default_rng(0).choice(np.float32([-1, 1]), (count, size)))
+    squares_of = functools.partial(_weighted_squares, shared.diagonal)
+
+    def add(i, state):
+        # A slice that would end outside is moved back: its first outputs were in the one before.
+        first = jnp.minimum(i * size, out_features - size)
+        d = difference(*(lax.dynamic_slice_in_dim(array, first, size, axis=1) for array in arrays))
+        d = jnp.where((first + jnp.arange(size) >= i * size)[None], d.astype(jnp.float32), 0.0)
+        sums, squares = state
+        return sums + signs[i][None] * d, squares + squares_of(d)
+
+    start = jnp.zeros((in_features, size), jnp.float32), jnp.zeros((), jnp.float32)
+    sums, squares = lax.fori_loop(0, count, add, start)
+    total = jnp.sum(over_outputs(shared.energy, sums))
+    if count == 1:
+        return total
+    of_sums = squares_of(sums)
+    return total * squares / jnp.where(of_sums == 0, 1.0, of_sums)
+
+
+def _weighted_squares(weights: Float[Array, " in"], d: Float[Array, "in out"]) -> Float[Array, ""]:
+    return jnp.sum(weights * jnp.sum(d**2, axis=1))
+
+
 # Packing compiles by itself, for each width; solves compile once for all of them.
 pack = jax.jit(tensor.from_codes, static_argnames=("grid", "layout", "dtype"))
 
@@ -115,7 +158,7 @@ def make_info(
     failed: Array,
 ) -> Info:
     """Completes an Info; scales in the dtype they are stored in; `error` is tr(ΔᵀHΔ) for the undamped mean Hessian."""
-    output = hessian.energy(w)
+    output = energy(hessian, (w,))
     return Info(
         loss=loss,
         relative_error=relative(error, output),

@@ -5,7 +5,6 @@ With e = w - q and the groups other than g fixed, the loss eᵀ H e is quadratic
 again towards w_g + m, scale and zero as well. [Behdin et al. 2023, QuantEase, with a group in a coordinate's place]
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -17,27 +16,27 @@ from jgptq import grid as grids
 from jgptq.grid import Grid, Levels
 from jgptq.hessian import HIGHEST, Factor
 from jgptq.solvers import fits
-from jgptq.solvers.descent import Solution, with_grids
+from jgptq.solvers.descent import Block, Solution, with_grids
 
 
 class GroupFactors(NamedTuple):
-    """For each group its own block of the damped Hessian, the inverse of that, and its factor M D Mᵀ."""
+    """For each group its own block of the damped Hessian, the inverse of that, and its factor Lᵀ D L."""
 
     matrix: Float[Array, "groups group group"]
     inverse: Float[Array, "groups group group"]
-    upper: Float[Array, "groups group group"]
+    lower: Float[Array, "groups group group"]
     pivots: Float[Array, "groups group"]
 
 
 def group_factors(factored: Factor, group: int) -> GroupFactors:
     def one(start):
-        rows = factored.rows(start, group)
-        matrix = jnp.dot(rows * factored.pivots[None, :], rows.T, precision=HIGHEST)
+        columns = lax.dynamic_slice_in_dim(factored.lower, start, group, axis=1)
+        matrix = jnp.dot(columns.T, factored.pivots[:, None] * columns, precision=HIGHEST)
         roots_upper = lax.linalg.cholesky(matrix[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
         roots = jnp.diagonal(roots_upper)
         half = jax.scipy.linalg.solve_triangular(roots_upper, jnp.eye(group, dtype=matrix.dtype))
         inverse = jnp.dot(half.T, half, precision=HIGHEST)
-        return GroupFactors(matrix, inverse, roots_upper / roots[None, :], roots * roots)
+        return GroupFactors(matrix, inverse, roots_upper.T / roots[:, None], roots * roots)
 
     return lax.map(one, jnp.arange(0, factored.pivots.shape[0], group))
 
@@ -58,21 +57,39 @@ def sweep(
     slots = w.shape[0]
     size = factors.matrix.shape[1]
     inner_sizes = tuple(inner for inner in sizes if inner < size)
+    rows = next(chunk for chunk in (4 * size, 3 * size, 2 * size, size) if slots % chunk == 0)
+
+    def below(g, add, state):
+        """`add` over the rows of L's columns of group g, but for those that are zero; some rows at a time."""
+
+        def step(i, state):
+            return add(state, i * rows, lax.dynamic_slice(factored.lower, (i * rows, g * size), (rows, size)))
+
+        return lax.fori_loop(g * size // rows, slots // rows, step, state)
 
     def visit(number, state):
         codes, scales, zeros, errors, products = state
         g = number % scales.shape[0]
         own = jax.tree.map(lambda array: array[g], factors)
         w_g, e_g, codes_g = (lax.dynamic_slice_in_dim(array, g * size, size) for array in (w, errors, codes))
-        rows = factored.rows(g * size, size)
-        pull = jnp.dot(rows, factored.pivots[:, None] * products, precision=HIGHEST)
+
+        def pulled(pull, start, columns):
+            pivots, sums = (lax.dynamic_slice_in_dim(array, start, rows) for array in (factored.pivots, products))
+            return pull + jnp.dot((pivots[:, None] * columns).T, sums, precision=HIGHEST)
+
+        pull = below(g, pulled, jnp.zeros_like(w_g))
         move = jnp.dot(own.inverse, pull, precision=HIGHEST) - e_g
         new = _again(w_g + move, codes_g, scales[g], zeros[g], own, grid, inner_sizes)
         e_new = w_g - grids.decode(new.codes.astype(w.dtype), new.scales[None], new.zeros[None])
         better = (_loss(e_new + move, own) < _loss(e_g + move, own))[None]
         e_new = jnp.where(better, e_new, e_g)
-        # Uᵀ e, kept up to date rather than computed again.
-        products += jnp.dot(rows.T, e_new - e_g, precision=HIGHEST)
+
+        def moved(products, start, columns):
+            sums = lax.dynamic_slice_in_dim(products, start, rows)
+            sums += jnp.dot(columns, e_new - e_g, precision=HIGHEST)
+            return lax.dynamic_update_slice_in_dim(products, sums, start, axis=0)
+
+        products = below(g, moved, products)  # L e, kept up to date rather than computed again
         codes_g = jnp.where(better, new.codes, codes_g)
         codes, errors = (
             lax.dynamic_update_slice_in_dim(array, values, g * size, axis=0)
@@ -82,11 +99,7 @@ def sweep(
         zeros = zeros.at[g].set(jnp.where(better[0], new.zeros, zeros[g]))
         return codes, scales, zeros, errors, products
 
-    def product(start):
-        return jnp.dot(factored.columns(start, size).T, solution.errors, precision=HIGHEST)
-
-    products = lax.map(product, jnp.arange(0, slots, size)).reshape(slots, -1)
-    state = (solution.codes, solution.scales, solution.zeros, solution.errors, products)
+    state = (solution.codes, solution.scales, solution.zeros, solution.errors, factored.times(solution.errors))
     codes, scales, zeros, errors, products = lax.fori_loop(0, sweeps * (slots // size), visit, state)
     return Solution(codes, scales, zeros, errors, jnp.sum(factored.pivots[:, None] * products**2, axis=0))
 
@@ -99,15 +112,15 @@ class _Choice(NamedTuple):
 
 def _again(target, codes, scale, zero, own: GroupFactors, grid, sizes) -> _Choice:
     """The group solved towards `target`, from its present grid on."""
-    columns_of = functools.partial(lax.dynamic_slice_in_dim, own.upper, axis=1)
+    block = Block(own.lower, own.pivots)
 
     def losses(scales, zeros):
-        return with_grids(target, None, columns_of, own.pivots, scales, zeros, grid, sizes).loss
+        return with_grids(target, None, block, scales, zeros, grid, sizes).loss
 
     candidates = fits.Group(lambda: target, own.pivots, losses)
     known = losses(scale[None], zero[None])[0], scale, zero
     _, scale, zero = fits.refined(candidates, grid, *known)
-    codes = with_grids(target, None, columns_of, own.pivots, scale[None], zero[None], grid, sizes).codes
+    codes = with_grids(target, None, block, scale[None], zero[None], grid, sizes).codes
     codes = one_by_one(target, codes, scale, zero, own.matrix, grid.max_code)
     fitted = grids.round_scales(refit(target, codes, scale, zero, own.matrix), grid.scale_dtype)
 
@@ -148,4 +161,4 @@ def refit(
 
 
 def _loss(errors: Float[Array, "group out"], own: GroupFactors) -> Float[Array, " out"]:
-    return jnp.sum(own.pivots[:, None] * jnp.dot(own.upper.T, errors, precision=HIGHEST) ** 2, axis=0)
+    return jnp.sum(own.pivots[:, None] * jnp.dot(own.lower, errors, precision=HIGHEST) ** 2, axis=0)
