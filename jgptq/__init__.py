@@ -3,6 +3,7 @@
 import importlib.metadata
 
 from jgptq.checkpoints import load, save
+from jgptq.estimate import Estimate
 from jgptq.finetune import tune
 from jgptq.generate import generate
 from jgptq.grid import Grid
@@ -10,7 +11,7 @@ from jgptq.hessian import Hessian, init_hessian, merge_hessians, update_hessian
 from jgptq.kernels.grouped import grouped_matmul
 from jgptq.kernels.matmul import matmul
 from jgptq.kernels.prepack import prepack, unprepack
-from jgptq.modules import allocate, find_weights, quantize, quantized
+from jgptq.modules import allocate, estimate, find_weights, quantize, quantized
 from jgptq.perplexity import compare, next_token_loss, perplexity
 from jgptq.quantize import Options, QuantizationWarning, Report, Row
 from jgptq.solvers import AWQ, GPTQ, METHODS, OBQ, PRESETS, RTN, Info, Targets, awq_scales, gptq, obq, rtn
@@ -25,6 +26,7 @@ __all__ = [
     "OBQ",
     "PRESETS",
     "RTN",
+    "Estimate",
     "Grid",
     "Hessian",
     "Info",
@@ -39,6 +41,7 @@ __all__ = [
     "awq_scales",
     "compare",
     "dequantize",
+    "estimate",
     "find_weights",
     "generate",
     "gptq",

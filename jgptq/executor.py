@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.hessian import HIGHEST, Hessian
+from jgptq.hessian import Hessian
+from jgptq.panels import add_product
 from jgptq.phases import UNMEASURED, Phases
 from jgptq.reader import Key, Reader
 from jgptq.solvers.bias import bias_correction
@@ -353,7 +354,7 @@ def _accumulate(hessian: Hessian, product: Product, weights: jax.Array | None, *
 def _accumulate_cross(
     total: jax.Array, product: Product, weights: jax.Array | None, operands: tuple, float_operands: tuple
 ) -> jax.Array:
-    return total + product.cross(*operands, *float_operands, **_given(weights))
+    return product.add_cross(total, *operands, *float_operands, **_given(weights))
 
 
 @functools.partial(jax.jit, static_argnames="product")
@@ -378,7 +379,7 @@ def _accumulate_residual(
 ) -> jax.Array:
     drift = outputs.rows(float_value.astype(jnp.float32) - value.astype(jnp.float32))
     drift = drift if weights is None else drift * weights[:, None]
-    return total + jnp.dot(product.rows(x).astype(jnp.float32).T, drift, precision=HIGHEST)
+    return add_product(total, product.rows(x).astype(jnp.float32), drift)
 
 
 def checked_batches(batches: Any) -> list[tuple]:

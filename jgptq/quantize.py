@@ -164,7 +164,7 @@ def _quantize(
     default = settings_of(Grid() if grid is None else grid, method, quality)
     if offload not in (None, "host"):
         raise ValueError(f'offload={offload!r}; give "host", or None to keep activations on the device')
-    rules = [(pattern, _completed(options, *default, quality)) for pattern, options in checked_rules(rules or ())]
+    rules = [(pattern, completed(options, *default, quality)) for pattern, options in checked_rules(rules or ())]
     methods = [default[1], *(options.method for _, options in rules if options)]
     correct_biases = any(getattr(method, "bias_correction", False) for method in methods)
     follow_float = correct_biases or any(getattr(method, "targets", None) for method in methods)
@@ -481,7 +481,10 @@ def _all_targets(
     wanted: dict[Any, Targets | None] = {part_key(part): getattr(plan[part.leaf][1], "targets", None) for part in todo}
     if hessian.total.ndim == 3:
         hessian, drift = share(hessian), drift._replace(inputs=_share_sums(hessian, drift.inputs))
-    by_ridge = {ridge: corrections(hessian, drift, ridge) for ridge in {t.ridge for t in wanted.values() if t}}
+    ridges = {targets.ridge for targets in wanted.values() if targets}
+    # `corrections` takes the drift's memory; rarely do rules ask for several, each of which then gets its own.
+    drifts = [drift] + [jax.tree.map(jnp.copy, drift) for _ in range(len(ridges) - 1)]
+    by_ridge = {ridge: corrections(hessian, own, ridge) for ridge, own in zip(ridges, drifts, strict=False)}
     for number, part in enumerate(step.parts):
         if targets := wanted.get(part_key(part)):
             correction = by_ridge[targets.ridge]
@@ -611,7 +614,7 @@ def checked_rules(rules: Any) -> list[Rule]:
     return rules
 
 
-def _completed(options: Options | None, grid: Grid, method: Method, quality: str) -> Options | None:
+def completed(options: Options | None, grid: Grid, method: Method, quality: str) -> Options | None:
     """A rule's options with what the call sets in the place of None."""
     if options is None:
         return None
