@@ -1,6 +1,6 @@
 """Wall time of quantizing a Llama of 97 million random weights on a CPU, against gptqmodel on the same tokens.
 
-    python benchmarks/quantize.py                        # writes benchmarks/results/quantize-cpu.json, some 20 minutes
+    python benchmarks/quantize.py                        # writes benchmarks/results/quantize-cpu.json, ten minutes
     python benchmarks/quantize.py --sides fast balanced  # jgptq alone
     python benchmarks/quantize.py --gptqmodel-python ~/clients/bin/python
 
@@ -10,8 +10,8 @@ gptqmodel 7.7.0 needs PyTorch and Defuser, which jgptq does not: it may be in an
 Every side is a process of its own, one after another, on the same checkpoint and the same 32 windows of 512 tokens, 4
 bits in groups of 128, asymmetric, output head left in float. What is timed is `jgptq.quantize`, and gptqmodel's
 `quantize`, in float32: from parameters in memory to packed weights in memory, everything compiled in that time (JAX's
-disk cache is off). `compile_seconds` is what XLA's compiler took of that, `warm_seconds` a second call in the same
-process. On a machine with other work the CPU seconds say more than the wall clock.
+disk cache is off). `compile_seconds` is what XLA's compiler took of that; with --warm, `warm_seconds` is a second call
+in the same process. On a machine with other work the CPU seconds say more than the wall clock.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def timed(run) -> dict:
     return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
-def by_jgptq(directory: Path, quality: str) -> dict:
+def by_jgptq(directory: Path, quality: str, warm: bool) -> dict:
     import jax
 
     import jgptq
@@ -94,12 +94,11 @@ def by_jgptq(directory: Path, quality: str) -> dict:
 
     cold = timed(quantize)
     cold |= {"compile_seconds": sum(compiling), "programs_compiled": len(compiling)}
-    warm = timed(quantize)
+    if warm:
+        cold |= {f"warm_{name}": seconds for name, seconds in timed(quantize).items()}
     rows = reports[-1].rows
     return {
         **cold,
-        **{f"warm_{name}": seconds for name, seconds in warm.items()},
-        "solve_seconds_when_warm": sum(row.seconds for row in rows),
         "weights": len(rows),
         "mean_relative_error": sum(row.relative_error for row in rows) / len(rows),
         "versions": {"jax": jax.__version__, "jgptq": jgptq.__version__},
@@ -125,10 +124,11 @@ def by_gptqmodel(directory: Path) -> dict:
     }
 
 
-def run_side(python: str, directory: Path, side: str) -> dict:
+def run_side(python: str, directory: Path, side: str, warm: bool) -> dict:
     """One side in a process of its own; what it prints, logs mostly, is dropped."""
     result = directory / f"{side}.json"
     command = [python, __file__, "--side", side, "--directory", str(directory), "--output", str(result)]
+    command += ["--warm"] if warm else []
     # gptqmodel writes its logs to the folder it is in.
     process = subprocess.run(command, cwd=directory, capture_output=True, text=True)
     if process.returncode:
@@ -150,11 +150,15 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32, help="of 512 tokens")
     parser.add_argument("--layers", type=int, default=LLAMA["num_hidden_layers"])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/quantize-cpu.json")
+    parser.add_argument("--warm", action="store_true", help="a second call of jgptq's as well, with all compiled")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        result = by_gptqmodel(args.directory) if args.side == "gptqmodel" else by_jgptq(args.directory, args.side)
+        if args.side == "gptqmodel":
+            result = by_gptqmodel(args.directory)
+        else:
+            result = by_jgptq(args.directory, args.side, args.warm)
         args.output.write_text(json.dumps(result))
         return
 
@@ -167,7 +171,7 @@ def main() -> None:
         parameters = make_model(directory, args.sequences, args.layers)
         load_average = os.getloadavg()[0]
         results = {
-            side: run_side(args.gptqmodel_python if side == "gptqmodel" else sys.executable, directory, side)
+            side: run_side(args.gptqmodel_python if side == "gptqmodel" else sys.executable, directory, side, args.warm)
             for side in sides
         }
     record = {

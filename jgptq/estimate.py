@@ -2,7 +2,8 @@
 
 The peak is that of `quantize`'s own arrays by the model in docs/memory.md, in which every term is a line here; the
 libraries' own memory, and what compilers take while they compile, come on top. Time is floating-point operations over
-the rate of one matrix product, measured here; reading, compiling and writing come on top.
+the rate of one matrix product, measured here, in which what goes element by element counts as so many; reading,
+compiling and writing come on top.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from jgptq.panels import PANEL
 from jgptq.quantize import Rule, checked_rules, chosen_sites, completed, settings_of
 from jgptq.solvers import Method
 from jgptq.tensor import QuantizedTensor, from_codes
-from jgptq.tracing.costs import flops, last_reads, parts_read, waiting_bytes, working_bytes
+from jgptq.tracing.costs import elements, flops, last_reads, parts_read, waiting_bytes, working_bytes
 from jgptq.tracing.graph import Graph, Part, Site, Step, as_abstract, leaf_paths, trace
 
 
@@ -313,7 +314,9 @@ def _work(graphs: list[Graph], counts: list[int], steps: list[list[Step]], numbe
     work = {"advance": 0.0, "hessian": 0.0, "targets": 0.0, "solve": 0.0}
     for place, (graph, count) in enumerate(zip(graphs, counts, strict=True)):
         start = steps[number - 1][place].start if number else 0
-        work["advance"] += (2 if follows else 1) * count * flops(graph.equations[start : own[place].start])
+        equations = graph.equations[start : own[place].start]
+        once = flops(equations) + ELEMENT * elements(equations)
+        work["advance"] += (2 if follows else 1) * count * once
         for place_of_read, read in enumerate(own[place].reads):
             rows = count * math.prod(read.activations[0].aval.shape) / (n * batch)
             written = sum(part.layout.out_features for part in own[place].parts if part.reads[place_of_read].added)
@@ -331,18 +334,19 @@ def _work(graphs: list[Graph], counts: list[int], steps: list[list[Step]], numbe
 
 
 def _solve_work(part: Part, grid: Grid, method: Any, batch: int) -> float:
-    """The feedback of earlier inputs and two output energies; and each group's own solves, of which a search has some.
+    """The feedback of earlier inputs and two output energies; the loop over columns; and each group's other solves.
 
-    CANDIDATES of them where scales are chosen in the loop; a sweep over the groups has half as many, and two products
-    of a group with all others.
+    Of these there are CANDIDATES where scales are chosen in the loop, and half as many in a sweep over the groups; it
+    also takes two products of each group with all others.
     """
     n, outputs = part.layout.in_features, part.layout.out_features
-    group = grid.group_length(n)
     sweeps, search = getattr(method, "sweeps", 0), getattr(method, "scale_search", None)
-    solves = (CANDIDATES if search == "in_loop" else 1) + sweeps * CANDIDATES / 2
-    return batch * outputs * n * (3 * n + 4 * n * sweeps + COLUMN_LOOP * solves * group)
+    solves = (CANDIDATES if search == "in_loop" else 0) + sweeps * CANDIDATES / 2
+    loop = COLUMN_LOOP + SEARCH * solves * grid.group_length(n)
+    return batch * outputs * n * (3 * n + 4 * n * sweeps + loop)
 
 
-# Solves of a group with scales chosen in the loop; and what one column of its loop costs, in operations of a matrix
-# product for each input of the group: little more than that many bytes are moved, not multiplied.
-CANDIDATES, COLUMN_LOOP = 16, 12
+# What goes element by element, in as many operations of a product as take its time, on 2 cores of a Xeon whose products
+# make 240 GFLOP/s: a result of an elementwise equation, a weight in the solver's loop over columns, and one in a
+# candidate's solve of a group, for each input of the group.
+ELEMENT, COLUMN_LOOP, SEARCH, CANDIDATES = 200, 15_000, 14, 16

@@ -40,6 +40,12 @@ def _flops(equation: jex.JaxprEqn) -> int:
     return params.get("length", 1) * sum(flops(jaxpr.eqns) for jaxpr in inner)
 
 
+def elements(equations: Sequence[jex.JaxprEqn]) -> int:
+    """Of all results that are no views; products count once, scans not at all."""
+    made = [equation for equation in equations if equation.primitive.name not in (*VIEWS, "scan", "while")]
+    return sum(math.prod(var.aval.shape) for equation in made for var in equation.outvars)
+
+
 def waiting_bytes(graph: Graph, position: int) -> int:
     """What one batch leaves for the equations from `position` on."""
     made = [*graph.inputs, *(var for equation in graph.equations[:position] for var in equation.outvars)]
