@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "jgptq"
 FLOORS = (
-    ("grid", "packing"),
+    ("grid", "packing", "accelerators"),
     ("tensor", "hessian"),
     ("solvers", "kernels"),
     ("tracing", "models", "chat"),
@@ -20,7 +20,7 @@ FLOORS = (
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-CORE = {"grid", "packing", "tensor", "hessian", "solvers", "kernels", "tracing"}
+CORE = {"grid", "packing", "accelerators", "tensor", "hessian", "solvers", "kernels", "tracing"}
 CORE_IMPORTS = {"jax", "jaxlib", "numpy", "jaxtyping", "jgptq"} | set(sys.stdlib_module_names)
 # Files of no room: they may see every room, and no room but the top two floors may see them.
 FRONT = {"__init__", "__main__"}
