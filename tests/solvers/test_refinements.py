@@ -119,7 +119,9 @@ def test_codes_set_one_by_one_are_each_the_best_of_all(block):
     scale, zero = jnp.full(6, 0.25), jnp.full(6, 7.0)
     start = np.random.default_rng(2).integers(0, 16, w.shape).astype(np.uint8)
     found = np.asarray(
-        sweeps.one_by_one(jnp.asarray(w), jnp.asarray(start), scale, zero, jnp.asarray(h, jnp.float32), 15)
+        sweeps.one_by_one(
+            jnp.asarray(w), jnp.asarray(start), scale, zero, jnp.asarray(h, jnp.float32), jgptq.Grid(), (4,)
+        )
     )
     for o in range(w.shape[1]):
         codes = start[:, o].astype(np.float64)
