@@ -3,6 +3,7 @@
 import importlib.metadata
 
 from jgptq.checkpoints import load, save
+from jgptq.estimate import Estimate
 from jgptq.finetune import tune
 from jgptq.generate import generate
 from jgptq.grid import Grid
@@ -10,7 +11,7 @@ from jgptq.hessian import Hessian, init_hessian, merge_hessians, update_hessian
 from jgptq.kernels.grouped import grouped_matmul
 from jgptq.kernels.matmul import matmul
 from jgptq.kernels.prepack import prepack, unprepack
-from jgptq.modules import allocate, find_weights, quantize, quantized
+from jgptq.modules import allocate, estimate, find_weights, quantize, quantized
 from jgptq.perplexity import compare, next_token_loss, perplexity
 from jgptq.quantize import Options, QuantizationWarning, Report, Row
 from jgptq.sharding import shard
@@ -26,6 +27,7 @@ __all__ = [
     "OBQ",
     "PRESETS",
     "RTN",
+    "Estimate",
     "Grid",
     "Hessian",
     "Info",
@@ -40,6 +42,7 @@ __all__ = [
     "awq_scales",
     "compare",
     "dequantize",
+    "estimate",
     "find_weights",
     "generate",
     "gptq",

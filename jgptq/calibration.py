@@ -108,8 +108,13 @@ def batches(
         windows = _pieces(parts, tokenizer, samples, content, seq_len, rng)
     if bos is not None:
         windows = np.pad(windows, ((0, 0), (1, 0)), constant_values=bos)
-    size = max(size for size in range(1, min(batch_size, samples) + 1) if samples % size == 0)
+    size = windows_a_batch(samples, batch_size)
     return [(jnp.asarray(windows[start : start + size]),) for start in range(0, samples, size)]
+
+
+def windows_a_batch(samples: int, batch_size: int = 8) -> int:
+    """The largest number of windows up to `batch_size` that divides all `samples` into equal batches."""
+    return max(size for size in range(1, min(batch_size, samples) + 1) if samples % size == 0)
 
 
 def gptq_windows(source: Source, tokenizer: Tokenizer, *, seq_len: int) -> Int[np.ndarray, "n {seq_len}"]:

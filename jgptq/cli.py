@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import dataclasses
 import fnmatch
-import functools
 import glob
 import json
 import math
@@ -16,6 +15,7 @@ import os
 import platform
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,14 +34,25 @@ from jgptq import calibration, demo, documents
 from jgptq.allocate import GRIDS, allocate, candidates
 from jgptq.chat import ChatTemplate, load_chat_template
 from jgptq.checkpoints import FORMATS, PACKINGS, Journal, fingerprint, load, remove_partial, save, size_and_hash
+from jgptq.estimate import estimate, packed_shape
 from jgptq.finetune import tune
 from jgptq.generate import TextStream, generate
 from jgptq.grid import BITS, Grid
 from jgptq.perplexity import compare, count_scored, next_token_loss, perplexity
+from jgptq.program_cache import default_directory, keeping_programs
 from jgptq.quantize import Options, Row, Rule, quantize
-from jgptq.report import nbytes, read_report, report_html, report_json, report_table, weights_table
+from jgptq.report import (
+    estimate_lines,
+    estimate_table,
+    nbytes,
+    profile_table,
+    read_report,
+    report_html,
+    report_json,
+    report_table,
+    weights_table,
+)
 from jgptq.solvers import AWQ, METHODS, PRESETS, QUALITIES, Method
-from jgptq.tensor import QuantizedTensor, from_codes
 from jgptq.tracing.graph import leaf_paths
 
 REPORT_FILE = "quantization_report.json"
@@ -51,6 +62,11 @@ MEMORY = "try a smaller --seq-len, or with quantize --offload host, which goes o
 TEXTS = "UTF-8 text, .jsonl with a text or messages a line, or such a file of a dataset, hf://datasets/owner/name/file"
 MODEL = "model directory, GGUF file or hub id, float or packed"
 CHAT_TEMPLATE = "put conversations, and texts as the user's message, into the model's own chat template"
+
+CACHE = (
+    "keep compiled programs here for the next run; none: nowhere (default: JAX_COMPILATION_CACHE_DIR, else "
+    "jgptq/programs where the platform keeps caches)"
+)
 
 LEFT_IN_FLOAT = ("lm_head.kernel", "embed_out.kernel", "*.gate.kernel")
 
@@ -73,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _show_warning
-            options.command(options)
+            with keeping_programs(_programs_directory(options, own_process=arguments is None)):
+                options.command(options)
             sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has left, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -90,6 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _programs_directory(options: argparse.Namespace, *, own_process: bool) -> Path | None:
+    """Where compiled programs are kept: asked for, or in a process of our own. None: as JAX is configured."""
+    given = getattr(options, "cache_dir", "none")
+    if given is not None:
+        return None if given == "none" else Path(given)
+    return default_directory() if own_process and not getattr(options, "dry_run", False) else None
+
+
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     print(f"jgptq: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
@@ -102,6 +127,8 @@ def _parser() -> _Parser:
     def command(name: str, function: Callable, options: Callable | None, help: str, example: str) -> None:
         sub = commands.add_parser(name, help=help, description=help, epilog=f"example: {example}")
         sub.set_defaults(command=function)
+        if function not in (_convert, _inspect):  # which compile next to nothing
+            sub.add_argument("--cache-dir", metavar="DIR", help=CACHE)
         if options:
             options(sub)
 
@@ -214,6 +241,17 @@ def _quantize_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--offload", choices=("host",), help="keep activations in the host's memory; slower, for a device too small"
     )
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only say what it would take: weights, bytes, peak memory and time; reads no weight and writes nothing",
+    )
+    sub.add_argument("--profile", action="store_true", help="say where the time went, phase by phase; takes a little")
+    sub.add_argument(
+        "--trace",
+        metavar="DIR",
+        help="write a trace of all that the device did, for Perfetto or TensorBoard; it is large",
+    )
 
 
 def _eval_options(sub: argparse.ArgumentParser) -> None:
@@ -281,6 +319,12 @@ def _quantize(options: argparse.Namespace) -> None:
     rules = [_rule(rule, options.symmetric) for rule in options.rules or ()]
     model, params = load(options.model, lazy=True)
     rules += _left_in_float(model)
+    if options.dry_run:
+        if options.average_bits is not None:
+            raise ValueError("--dry-run cannot know what --average-bits would choose; give --bits")
+        _check_holds(options.format, model, grid, rules)
+        _print_estimate(options, model, params, grid, rules)
+        return
     grids = _grids(options) if options.average_bits is not None else []
     for probe in _probes(model, grids, rules) if grids else [rules]:
         _check_holds(options.format, model, grid, probe)
@@ -305,7 +349,8 @@ def _quantize(options: argparse.Namespace) -> None:
         task = progress.add_task("reading the model's files", total=None, loss="")
         identity = _identity(texts, model.source, settings, window | {"chat template": options.chat_template})
         progress.update(task, description="tracing")
-        with Journal(directory, identity, row_type=Row) as finished, _keeping(finished, directory):
+        tracing = jax.profiler.trace(options.trace) if options.trace else contextlib.nullcontext()
+        with tracing, Journal(directory, identity, row_type=Row) as finished, _keeping(finished, directory):
             remove_partial(options.out)
             packed, report = quantize(
                 model.apply,
@@ -315,6 +360,7 @@ def _quantize(options: argparse.Namespace) -> None:
                 progress=_follow(progress, task, len(finished), check),
                 finished=finished,
                 offload=options.offload,
+                profile=options.profile,
             )
             if options.tune:
                 progress.update(task, description="tuning")
@@ -322,16 +368,40 @@ def _quantize(options: argparse.Namespace) -> None:
                 packed, tuning = tune(model.apply, floats, whole, batches)
             title = f"{Path(options.model).name}, quantized"
             files = {REPORT_FILE: report_json(report), REPORT_PAGE: report_html(report, title=title)}
+            saving = time.perf_counter()
             try:
                 save(options.out, model, packed, format=options.format, extra_files=files)
             except ValueError as error:
                 kept = "all weights are finished and kept; the same command with another --format writes them"
                 raise ValueError(f"{error}; {kept}") from error
             finished.remove()
+            saving = time.perf_counter() - saving
     _console().print(report_table(report))
+    if options.profile:
+        _console().print(profile_table((*report.profile, ("save", saving))))
     if options.tune:
         print(f"tuning: KL to the float model {tuning.before:.4f} -> {tuning.after:.4f} on calibration text kept back")
     print(f"{options.out}: {nbytes(params):,} bytes -> {nbytes(packed):,} bytes")
+
+
+def _print_estimate(options: argparse.Namespace, model: Any, params: Any, grid: Grid, rules: Sequence[Rule]) -> None:
+    if options.samples < 1:
+        raise ValueError(f"--samples {options.samples}; give at least 1")
+    size = calibration.windows_a_batch(options.samples)
+    batch = jax.ShapeDtypeStruct((size, _window(model, options.seq_len)), np.int32)
+    found = estimate(
+        model.apply,
+        params,
+        [batch] * (options.samples // size),
+        grid=grid,
+        method=_method(options.method, options.quality),
+        rules=rules,
+        offload=options.offload,
+        kept=False,
+    )
+    _console().print(estimate_table(found))
+    for line in estimate_lines(found):
+        print(line)
 
 
 @contextlib.contextmanager
@@ -475,18 +545,9 @@ def _check_holds(format: str, model: Any, grid: Grid, rules: Sequence[Rule]) -> 
     for path, leaf in leaf_paths(model.parameter_shapes):
         chosen = next((options for pattern, options in rules if fnmatch.fnmatchcase(path, pattern)), Options())
         if path.endswith(".kernel") and chosen is not None:
-            weights[path.removesuffix(".kernel")] = _planned(leaf.shape[-2:], chosen.grid or grid)
+            weights[path.removesuffix(".kernel")] = packed_shape(*leaf.shape[-2:], chosen.grid or grid)
     if weights:
         PACKINGS[format].describe(weights, [], jax.numpy.float32)
-
-
-@functools.cache
-def _planned(shape: tuple[int, int], grid: Grid) -> QuantizedTensor:
-    """A packed weight without values, as `quantize` would make it."""
-    codes, groups = jax.ShapeDtypeStruct(shape, np.uint32), -(-shape[0] // grid.group_length(shape[0]))
-    scales = jax.ShapeDtypeStruct((groups, shape[1]), grid.scale_dtype)
-    zeros = None if grid.symmetric else scales
-    return jax.eval_shape(lambda *arrays: from_codes(*arrays, grid=grid), codes, scales, zeros)
 
 
 def _method(name: str, quality: str) -> Method:

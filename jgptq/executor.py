@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.hessian import HIGHEST, Hessian
+from jgptq.hessian import Hessian
+from jgptq.panels import add_product
 from jgptq.partition import common_mesh, onto, placed, replicated
+from jgptq.phases import UNMEASURED, Phases
+from jgptq.reader import Key, Reader
 from jgptq.solvers.bias import bias_correction
 from jgptq.solvers.targets import Drift
 from jgptq.tensor import Index
@@ -44,7 +47,11 @@ class Executor:
         on_host: bool = False,
         follow_float: bool = False,
         correct_biases: bool = False,
+        phases: Phases = UNMEASURED,
+        reader: Reader | None = None,
     ):
+        """reader: reads lazy leaves, those of the next step ahead of time; its owner closes it. None: none ahead."""
+        self._phases, self._reader = phases, reader
         batches = checked_batches(batches)
         self.mesh = common_mesh(batches, params)
         batches = onto(self.mesh, batches)
@@ -74,6 +81,7 @@ class Executor:
                 keep_outputs=keep_outputs,
                 on_host=on_host,
                 read_float=self.float_leaf if follow_float else None,
+                phases=phases,
             )
             for group in by_shape.values()
         ]
@@ -138,15 +146,38 @@ class Executor:
 
     def _given(self, number: int, index: Index) -> jax.Array:
         leaf = self._leaves[number]
-        shape = np.shape(leaf)
-        if _is_lazy(leaf) or any(bounds != (0, size) for bounds, size in zip(index, shape, strict=True)):
-            leaf = leaf[tuple(slice(*bounds) for bounds in index)]
-        return onto(self.mesh, jnp.asarray(leaf))
+        if _is_lazy(leaf):
+            with self._phases("load"):
+                read = functools.partial(_part_of, leaf, index)
+                values = self._reader.take((number, index), read) if self._reader else read()
+                return self._phases.wait(onto(self.mesh, jnp.asarray(values)))
+        whole = all(bounds == (0, size) for bounds, size in zip(index, np.shape(leaf), strict=True))
+        return onto(self.mesh, jnp.asarray(leaf if whole else _part_of(leaf, index)))
 
     def as_given(self, part: Part, tree: Any) -> Any:
         """Arrays solved by parts on several devices, with a copy on each where the leaf has that."""
         sharding = getattr(self._leaves[part.leaf], "sharding", None)
         return tree if sharding is not None and not sharding.is_fully_replicated else replicated(tree)
+
+    def given(self, part: Part) -> jax.Array:
+        """A part as it was given."""
+        return self._given(*part_key(part))
+
+    def read_ahead(self, step: Step) -> None:
+        """Begins to read the lazy leaves that advancing to a step and solving it will ask for."""
+        if self._reader is None:
+            return
+        wanted = {part_key(part) for part in step.parts}
+        for stream, own in zip(self._streams, self._steps[id(step)], strict=True):
+            wanted |= stream.parts_before(own.start)
+        self._reader.start(
+            {key: functools.partial(_part_of, self._leaves[key[0]], key[1]) for key in self._unread(wanted)}
+        )
+
+    def _unread(self, wanted: Iterable[Key]) -> list[Key]:
+        """Those of lazy leaves that are not at hand."""
+        here = {key for key, values in self._kept.items() if values is not None} | self._quantized.keys()
+        return sorted(key for key in wanted if _is_lazy(self._leaves[key[0]]) and key not in here)
 
     def replace(self, part: Part, values: jax.Array) -> None:
         """Puts quantized values in place of part of a leaf for all equations still to run."""
@@ -181,6 +212,10 @@ class Executor:
         of the step.
         """
         self.advance(step)
+        with self._phases("hessian"):
+            return self._phases.wait(self._moments(step))
+
+    def _moments(self, step: Step) -> tuple[Hessian, Drift | None]:
         layout = step.parts[0].layout
         hessian, drift = onto(self.mesh, empty_hessian(layout)), None
         if self._follow_float and self._replaced:
@@ -299,6 +334,10 @@ class Executor:
         return results
 
 
+def _part_of(leaf: Any, index: Index) -> Any:
+    return leaf[tuple(slice(*bounds) for bounds in index)]
+
+
 def _is_lazy(leaf: Any) -> bool:
     """Whether a leaf has a shape and a dtype, but its values only when asked for."""
     return (
@@ -327,7 +366,7 @@ def _accumulate(hessian: Hessian, product: Product, weights: jax.Array | None, *
 def _accumulate_cross(
     total: jax.Array, product: Product, weights: jax.Array | None, operands: tuple, float_operands: tuple
 ) -> jax.Array:
-    return total + product.cross(*operands, *float_operands, **_given(weights))
+    return product.add_cross(total, *operands, *float_operands, **_given(weights))
 
 
 @functools.partial(jax.jit, static_argnames="product")
@@ -352,7 +391,7 @@ def _accumulate_residual(
 ) -> jax.Array:
     drift = outputs.rows(float_value.astype(jnp.float32) - value.astype(jnp.float32))
     drift = drift if weights is None else drift * weights[:, None]
-    return total + jnp.dot(product.rows(x).astype(jnp.float32).T, drift, precision=HIGHEST)
+    return add_product(total, product.rows(x).astype(jnp.float32), drift)
 
 
 def checked_batches(batches: Any) -> list[tuple]:

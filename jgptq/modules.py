@@ -1,4 +1,4 @@
-"""The public `quantize`, `allocate` and others: functions of parameters, and Flax NNX modules as they are."""
+"""The public `quantize`, `estimate` and others: functions of parameters, and Flax NNX modules as they are."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from jgptq.allocate import allocate as allocate_function
+from jgptq.estimate import estimate as estimate_function
 from jgptq.quantize import quantize as quantize_function
 from jgptq.tracing.apply import quantized as quantized_function
 from jgptq.tracing.graph import find_weights as find_function_weights
@@ -84,6 +85,17 @@ def allocate(f, params, batches=None, **settings):
     if batches is None:
         raise TypeError("allocate takes (f, params, batches), or (module, batches) for a Flax NNX module")
     return allocate_function(f, params, batches, **settings)
+
+
+@functools.wraps(estimate_function)
+def estimate(f, params, batches=None, **settings):
+    if isinstance(f, nnx.Module):
+        if batches is not None:
+            raise TypeError("an NNX module holds its own parameters; give estimate(module, batches)")
+        return estimate_function(*functional(f), params, **settings)
+    if batches is None:
+        raise TypeError("estimate takes (f, params, batches), or (module, batches) for a Flax NNX module")
+    return estimate_function(f, params, batches, **settings)
 
 
 @functools.wraps(quantized_function)

@@ -9,11 +9,12 @@ import dataclasses
 import difflib
 import fnmatch
 import functools
+import math
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from jgptq.executor import NOT_FINITE, Executor, all_finite, part_key
 from jgptq.grid import Grid, Levels, levels
 from jgptq.hessian import Hessian
 from jgptq.partition import replicated
+from jgptq.phases import Phases
+from jgptq.reader import Reader
 from jgptq.sharding import solve_by_outputs
 from jgptq.solvers import AWQ, METHODS, PRESETS, QUALITIES, RTN, Info, Method, nearest
 from jgptq.solvers.awq import Scaled, scale_hessian
@@ -81,12 +84,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Rows in order of solving; `skipped` (path, reason) of every other float leaf; `programs` distinct programs."""
+    """Rows in order of solving; `skipped` (path, reason) of every other float leaf; `programs` distinct programs.
+
+    profile: (phase, seconds), the longest first, if asked for: see `quantize`.
+    """
 
     rows: tuple[Row, ...]
     skipped: tuple[tuple[str, str], ...]
     seconds: float
     programs: int
+    profile: tuple[tuple[str, float], ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -109,13 +116,15 @@ def quantize(
     progress: Callable[[Row, int, int], None] | None = None,
     finished: MutableMapping[str, tuple[QuantizedTensor, Row]] | None = None,
     offload: Literal["host"] | None = None,
+    profile: bool = False,
 ) -> tuple[Any, Report]:
     """Quantizes every weight of f(params, *inputs) that `find_weights` calls quantizable.
 
     A Flax NNX module takes the place of f and params: quantize(module, batches, …) gives a module with packed weights.
 
     params: any pytree. A leaf may be lazy: no array, but with `shape`, `dtype` and a `__getitem__` that gives NumPy
-        arrays; it is read when first needed and again dropped.
+        arrays; it is read when first needed and again dropped. Those of the next weights to be solved are read in
+        a thread while others are solved, one at a time.
     batches: calibration inputs; each is the tuple of f's inputs (anything else stands for a tuple of one).
         Batches and params may lie on several devices, also of several processes: sums over tokens go over all of
         them, and each solves some of the outputs.
@@ -134,25 +143,50 @@ def quantize(
     finished: weights and rows by row path. What it holds is not solved again, and each new weight goes into it at
         once and is not kept otherwise: give a mapping on disk to bound memory, and to go on after an interruption.
     offload: "host" keeps activations in the host's memory between segments; slower, for what the device cannot hold.
+    profile: measure where time goes, for report.profile: "trace" (f to equations), "load" (lazy parameters, as far as
+        they are waited for), "compile", "advance" (f itself on all batches), "hessian" (its sums), "targets", "solve"
+        (codes packed), "pack" (dequantized values for the layers after, and the parts of a leaf joined), "write" (into
+        `finished`), "other". Each phase is waited for, so all takes a little longer.
 
     Returns params with a QuantizedTensor for each quantized leaf, and the report; AWQ changes norms and other float
     leaves as well, as far as f alone shows what reads them. The caller's arrays are only read.
     Warns with QuantizationWarning when a weight came out worse than asked for.
     """
+    phases = Phases(measured=profile)
+    with phases.watching(), Reader() as reader:
+        with phases("other"):
+            packed, report = _quantize(
+                f, params, batches, grid, method, quality, rules, loss, progress, finished, offload, phases, reader
+            )
+        return packed, dataclasses.replace(report, profile=phases.seconds)
+
+
+def _quantize(
+    f, params, batches, grid, method, quality, rules, loss, progress, finished, offload, phases: Phases, reader: Reader
+) -> tuple[Any, Report]:
     started = time.perf_counter()
     default = settings_of(Grid() if grid is None else grid, method, quality)
     if offload not in (None, "host"):
         raise ValueError(f'offload={offload!r}; give "host", or None to keep activations on the device')
-    rules = [(pattern, _completed(options, *default, quality)) for pattern, options in checked_rules(rules or ())]
+    rules = [(pattern, completed(options, *default, quality)) for pattern, options in checked_rules(rules or ())]
     methods = [default[1], *(options.method for _, options in rules if options)]
     correct_biases = any(getattr(method, "bias_correction", False) for method in methods)
     follow_float = correct_biases or any(getattr(method, "targets", None) for method in methods)
-    executor = Executor(
-        f, params, batches, on_host=offload == "host", follow_float=follow_float, correct_biases=correct_biases
-    )
+    with phases("trace"):
+        executor = Executor(
+            f,
+            params,
+            batches,
+            on_host=offload == "host",
+            follow_float=follow_float,
+            correct_biases=correct_biases,
+            phases=phases,
+            reader=reader,
+        )
     plan = chosen_sites(executor.sites, *default, rules)
     sites = {site.leaf: site for site in executor.sites if site.leaf in plan}
-    executor.check_weights(list(sites.values()))
+    with phases("load"):
+        executor.check_weights(list(sites.values()))
     steps = executor.choose(plan)
     if loss is not None:
         executor.weigh(loss)
@@ -170,44 +204,65 @@ def quantize(
         own = _own_settings(step, plan, several, number in folds)
         if todo or correct_biases:
             hessian, drift = executor.moments(step)
-            targets = _all_targets(executor, step, todo, hessian, drift, plan)
+            with phases("targets"):
+                targets = phases.wait(_all_targets(executor, step, todo, hessian, drift, plan))
             known = {own[part.leaf][1]: finished[names[part_key(part)]][0].input_scales for part in done}
-            scales = _input_scales(executor, todo, targets, hessian, own, known)
-            shared = _prepared(hessian, {part.leaf: own[part.leaf] for part in todo}, scales)
+            with phases("solve"):
+                scales = _input_scales(executor, todo, targets, hessian, own, known)
+                shared = phases.wait(_prepared(hessian, {part.leaf: own[part.leaf] for part in todo}, scales))
             hessian = drift = None
         else:
             executor.advance(step)
+        clock = time.perf_counter()
+        weights: dict[tuple[int, Index], QuantizedTensor] = {}
+        outcomes: dict[tuple[int, Index], Any] = {}
         for part in step.parts:
-            clock = time.perf_counter()
-            site, name = sites[part.leaf], names[part_key(part)]
-            if finished is not None and name in finished:
-                weight, row = finished[name]
-                weight = jax.tree.map(lambda array: jnp.asarray(array[...]), weight)
+            key = part_key(part)
+            if part in done:
+                with phases("load"):
+                    weight = jax.tree.map(lambda array: jnp.asarray(array[...]), finished[names[key]][0])
             else:
                 prepared, own_scales = shared[part.leaf], scales.get(own[part.leaf][1])
-                target = targets.pop(part_key(part), None)
-                weight, row = _solve_part(executor, site, part, target, prepared, own_scales, *own[part.leaf])
+                with phases("solve"):
+                    solved = _solve_part(executor, part, targets.pop(key, None), prepared, own_scales, *own[part.leaf])
+                    weight, outcomes[key] = phases.wait(solved)
                 weight = executor.as_given(part, weight)
-                row = _as_asked(row, weight, plan[part.leaf][1], own[part.leaf][1], number in folds)
-                row = dataclasses.replace(row, seconds=time.perf_counter() - clock)
-                if finished is not None:
-                    finished[name] = weight, row
-            values = _dequantize(weight)
+            weights[key] = weight
+            with phases("pack"):
+                values = phases.wait(_dequantize(weight))
             if getattr(plan[part.leaf][1], "bias_correction", False):
                 executor.correct_bias(step, part, values)
             executor.replace(part, values)
+        shared = weight = values = solved = None  # before the next step makes its own
+        for following in steps[number + 1 : number + 2]:
+            executor.read_ahead(following)
+        # The one place in a step where the host waits for the device.
+        outcomes = jax.device_get(outcomes)
+        seconds = (time.perf_counter() - clock) / max(1, sum(math.prod(part.layout.shape) for part in todo))
+        for part in step.parts:
+            key, site = part_key(part), sites[part.leaf]
+            weight = weights.pop(key)
+            if part in done:
+                row = finished[names[key]][1]
+            else:
+                row = _row(executor, site, part, weight, outcomes[key], *own[part.leaf])
+                row = _as_asked(row, weight, plan[part.leaf][1], own[part.leaf][1], number in folds)
+                row = dataclasses.replace(row, seconds=seconds * math.prod(part.layout.shape))
+                if finished is not None:
+                    with phases("write"):
+                        finished[names[key]] = weight, row
             if finished is None:
                 packed[part.leaf][part.index] = weight
             rows.append(row)
             if progress:
                 progress(row, len(rows), len(names))
-        shared = None  # before the next step makes its own
 
     parts = {
         leaf: packed.pop(leaf, None) or {part.index: finished[names[part_key(part)]][0] for part in site.parts}
         for leaf, site in sites.items()
     }
-    result = _assembled(params, parts, executor.biases, steps, folds, sites)
+    with phases("pack"):
+        result = phases.wait(_assembled(params, parts, executor.biases, steps, folds, sites))
     report = Report(
         rows=tuple(rows),
         skipped=tuple(
@@ -223,7 +278,7 @@ def quantize(
         warnings.warn(
             f"{len(report.notes)} notes on quantized weights (report.notes has all): {shown}",
             QuantizationWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return result, report
 
@@ -416,9 +471,8 @@ def _prepared(
             return hessian
         key = grid.group_length(hessian.in_features), method
         if key not in prepared:
-            # Done with the Hessian before a weight takes memory beside it.
             own = (scales[method],) if method in scales else ()
-            prepared[key] = jax.block_until_ready(method.prepare(hessian, grid, *own))
+            prepared[key] = method.prepare(hessian, grid, *own)
         return prepared[key]
 
     return {leaf: of(*settings) for leaf, settings in plan.items()}
@@ -434,7 +488,10 @@ def _all_targets(
     wanted: dict[Any, Targets | None] = {part_key(part): getattr(plan[part.leaf][1], "targets", None) for part in todo}
     if hessian.total.ndim == 3:
         hessian, drift = share(hessian), drift._replace(inputs=_share_sums(hessian, drift.inputs))
-    by_ridge = {ridge: corrections(hessian, drift, ridge) for ridge in {t.ridge for t in wanted.values() if t}}
+    ridges = {targets.ridge for targets in wanted.values() if targets}
+    # `corrections` takes the drift's memory; rarely do rules ask for several, each of which then gets its own.
+    drifts = [drift] + [jax.tree.map(jnp.copy, drift) for _ in range(len(ridges) - 1)]
+    by_ridge = {ridge: corrections(hessian, own, ridge) for ridge, own in zip(ridges, drifts, strict=False)}
     for number, part in enumerate(step.parts):
         if targets := wanted.get(part_key(part)):
             correction = by_ridge[targets.ridge]
@@ -447,8 +504,8 @@ def _all_targets(
 
 
 def _solve_part(
-    executor: Executor, site: Site, part: Part, target: Any, shared: Any, scales: Any, grid: Grid, method: Method
-) -> tuple[QuantizedTensor, Row]:
+    executor: Executor, part: Part, target: Any, shared: Any, scales: Any, grid: Grid, method: Method
+) -> tuple[QuantizedTensor, "Outcome"]:
     """target: what to solve towards; None: the weight itself. shared: of `_prepared`. scales: of `_input_scales`."""
     w = part.layout.to_matrix(executor.leaf(part.leaf, part.index))
     target = w if target is None else target
@@ -462,9 +519,15 @@ def _solve_part(
     else:
         weight, info, error = solve_by_outputs(*operands, solve=solve, grid=grid, method=method, mesh=executor.mesh)
     weight = jax.tree.map(lambda array: array.reshape(*w.shape[:-2], *array.shape[w.ndim > 2 :]), weight)
-    weight = dataclasses.replace(weight, layout=part.layout, dtype=w.dtype)
-    row = _row(site.name(part), part, weight, w, info, error, shared.tokens, grid, method)
-    return weight, row
+    return dataclasses.replace(weight, layout=part.layout, dtype=w.dtype), Outcome(info, error, shared.tokens)
+
+
+class Outcome(NamedTuple):
+    """What a solve says of itself; for a batch of matrices with a leading axis."""
+
+    info: Info
+    rtn_error: Any
+    tokens: Any
 
 
 def _solve_matrix(w: jax.Array, target: jax.Array, shared: Any, grid: Grid, method: Method) -> Any:
@@ -563,7 +626,7 @@ def checked_rules(rules: Any) -> list[Rule]:
     return rules
 
 
-def _completed(options: Options | None, grid: Grid, method: Method, quality: str) -> Options | None:
+def completed(options: Options | None, grid: Grid, method: Method, quality: str) -> Options | None:
     """A rule's options with what the call sets in the place of None."""
     if options is None:
         return None
@@ -586,11 +649,13 @@ def settings_of(grid: Any, method: Any, quality: Any) -> tuple[Grid, Method]:
     return grid, method
 
 
-def _row(name: str, part: Part, weight, w, info, rtn_error, tokens, grid: Grid, method: Method) -> Row:
-    """The row of a solve; for a batch of matrices its arguments have a leading axis."""
-    info, rtn_error, tokens = jax.tree.map(np.atleast_1d, jax.device_get((info, rtn_error, tokens)))
+def _row(
+    executor: Executor, site: Site, part: Part, weight: QuantizedTensor, outcome: Outcome, grid: Grid, method: Method
+) -> Row:
+    """The row of a solve, of its outcome on the host; ValueError if it failed."""
+    name, (info, rtn_error, tokens) = site.name(part), jax.tree.map(np.atleast_1d, outcome)
     if not info.finite.all():
-        if not all_finite(w):
+        if not all_finite(executor.given(part)):
             raise ValueError(NOT_FINITE.format(name))
         raise ValueError(
             f"the activations that reach {name} in calibration contain NaN or infinity; "

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import jgptq
-from jgptq import cli
+from jgptq import cli, program_cache
+from jgptq.checkpoints.reading import LazyParameter
 from jgptq.models import MODELS, LanguageModel
+from jgptq.report import read_report
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 TEXT = "Once upon a time there was a small cat. The cat sat on a mat and saw a big red ball.\n" * 60
@@ -120,6 +123,67 @@ def test_bits_are_chosen_for_an_average(home, capsys):
 
 def linears(layer):
     return [*layer["self_attn"].items(), *layer["mlp"].items()]
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(home, monkeypatch, capsys):
+    def read(*_):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(LazyParameter, "__getitem__", read)
+    before = sorted(home.iterdir())
+    assert cli.main(quantize_arguments(home, home / "dry", "--dry-run")) == 0
+    assert sorted(home.iterdir()) == before
+    out = capsys.readouterr().out
+    assert "14 weights to quantize" in out
+    assert re.search(r"down_proj.kernel +44×32 +4 +16 ", out)
+    assert re.search(r"^peak memory: about \d+ MB .* at model.layers", out, re.M)
+    assert re.search(r"^time: about \d+ s .* GFLOP/s", out, re.M)
+
+
+def test_a_profile_goes_to_the_terminal_and_into_the_report(home, capsys):
+    assert cli.main(quantize_arguments(home, home / "profiled", "--method", "rtn", "--profile")) == 0
+    report = read_report((home / "profiled" / cli.REPORT_FILE).read_text())
+    phases = {"trace", "load", "advance", "hessian", "solve", "pack", "write", "other"}
+    assert phases <= set(dict(report.profile)) <= phases | {"compile", "targets"}
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^ {phase} +\d+\.\d +\d+ %", out, re.M) for phase in (*phases, "save"))
+
+
+def test_programs_are_kept_where_asked_and_the_callers_settings_stay(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(program_cache, "LEAST_SECONDS", 0.0)
+    settings = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in settings]
+    jax.clear_caches()
+    for run in range(2):
+        kept = sorted(tmp_path.glob("programs/*-cache"))
+        jax.clear_caches()
+        arguments = quantize_arguments(home, home / f"kept{run}", "--method", "rtn")
+        assert cli.main([*arguments, "--cache-dir", str(tmp_path / "programs")]) == 0
+        assert [getattr(jax.config, name) for name in settings] == before
+    assert len(kept) > 10
+    assert sorted(tmp_path.glob("programs/*-cache")) == kept  # the second run made none
+
+
+def test_without_being_asked_main_changes_no_setting_and_a_process_of_its_own_keeps_programs(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "linux")
+    options = cli._parser().parse_args(["eval", "model", "--text", "t"])
+    assert cli._programs_directory(options, own_process=False) is None
+    assert cli._programs_directory(options, own_process=True) == tmp_path / "jgptq" / "programs"
+    options = cli._parser().parse_args(["eval", "model", "--text", "t", "--cache-dir", "none"])
+    assert cli._programs_directory(options, own_process=True) is None
+    try:
+        jax.config.update("jax_compilation_cache_dir", "/elsewhere")  # as JAX_COMPILATION_CACHE_DIR does
+        assert program_cache.default_directory() is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
+def test_a_cache_that_cannot_be_made_is_a_warning(home, capsys):
+    (home / "file").write_text("")
+    arguments = quantize_arguments(home, home / "uncached", "--method", "rtn", "--cache-dir", str(home / "file" / "c"))
+    assert cli.main(arguments) == 0
+    assert "compiled programs are not kept" in capsys.readouterr().err
 
 
 def test_inspect_shows_every_weight_with_bits_bytes_and_error(packed, capsys):
@@ -442,6 +506,10 @@ BAD = {
     "a conversion over what is there": (
         lambda home: ["convert", str(home / "packed"), str(home / "float"), "--format", "orbax"],
         "float exists; choose a new name, or remove it first",
+    ),
+    "a dry run without bits": (
+        lambda home: quantize_arguments(home, home / "o", "--average-bits", "3.5", "--dry-run"),
+        "--dry-run cannot know what --average-bits would choose; give --bits",
     ),
     "a prompt beyond the context": (
         lambda home: ["generate", str(home / "float"), "--prompt", "a" * 60, "--max-new-tokens", "64"],

@@ -8,19 +8,31 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "jgptq"
 FLOORS = (
-    ("grid", "packing", "partition"),
+    ("grid", "packing", "panels", "partition", "phases"),
     ("tensor", "hessian"),
-    ("solvers", "kernels"),
+    ("solvers", "kernels", "reader"),
     ("tracing", "models", "chat"),
     ("executor", "sharding"),
     ("quantize", "checkpoints", "documents"),
-    ("allocate",),
-    ("calibration", "generate", "perplexity", "finetune", "modules", "report", "demo_text"),
+    ("allocate", "estimate"),
+    ("calibration", "generate", "perplexity", "finetune", "modules", "report", "demo_text", "program_cache"),
     ("demo",),
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-CORE = {"grid", "packing", "partition", "tensor", "hessian", "solvers", "kernels", "tracing"}
+CORE = {
+    "grid",
+    "packing",
+    "panels",
+    "partition",
+    "phases",
+    "tensor",
+    "hessian",
+    "solvers",
+    "kernels",
+    "reader",
+    "tracing",
+}
 CORE_IMPORTS = {"jax", "jaxlib", "numpy", "jaxtyping", "jgptq"} | set(sys.stdlib_module_names)
 # Files of no room: they may see every room, and no room but the top two floors may see them.
 FRONT = {"__init__", "__main__"}

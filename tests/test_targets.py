@@ -137,7 +137,7 @@ def test_the_drift_of_each_weights_inputs_and_of_its_residual_stream(params, bot
 def test_the_target_is_the_formula_in_float64(both_models):
     hessian, drift = both_models[0][-1]
     w = normal(5, HIDDEN, WIDTH)
-    correction = targets.corrections(hessian, drift, 0.05)
+    correction = targets.corrections(hessian, jax.tree.map(jnp.copy, drift), 0.05)  # which are donated
     target = targets.moved(w, correction.inputs, correction.residuals[0], jnp.array([0.75, 0.5]))
     h = np.asarray(hessian.total, np.float64)
     damped = h + 0.05 * np.mean(np.diagonal(h)) * np.eye(HIDDEN)

@@ -2,10 +2,21 @@
 
 from jgptq.report.page import report_html
 from jgptq.report.record import read_report, report_json, totals
-from jgptq.report.tables import nbytes, report_table, shape_text, weights_table
+from jgptq.report.tables import (
+    estimate_lines,
+    estimate_table,
+    nbytes,
+    profile_table,
+    report_table,
+    shape_text,
+    weights_table,
+)
 
 __all__ = [
+    "estimate_lines",
+    "estimate_table",
     "nbytes",
+    "profile_table",
     "read_report",
     "report_html",
     "report_json",

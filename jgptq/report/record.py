@@ -49,9 +49,10 @@ def _read(value: Any, kind: Any, where: str) -> Any:
     """`value`, as JSON gave it, as the annotated `kind`; fields that a dataclass does not know are ignored."""
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         fields = dataclasses.fields(kind)
-        if missing := [field.name for field in fields if field.name not in value]:
+        known = [field for field in fields if field.name in value]
+        if missing := [field.name for field in fields if field not in known and field.default is dataclasses.MISSING]:
             raise ValueError(f"{where} has no {missing[0]!r}")
-        return kind(**{field.name: _read(value[field.name], field.type, f"{where}.{field.name}") for field in fields})
+        return kind(**{field.name: _read(value[field.name], field.type, f"{where}.{field.name}") for field in known})
     if isinstance(kind, types.GenericAlias) and isinstance(value, list):
         items = typing.get_args(kind)
         if items[-1] is ...:

@@ -1,6 +1,7 @@
 """A report, and any parameter tree, as tables for a terminal."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import rich.box
 from rich.table import Table
 from rich.text import Text
 
+from jgptq.estimate import Estimate
 from jgptq.quantize import Report, Row
 from jgptq.report.record import totals
 from jgptq.tensor import QuantizedTensor
@@ -61,6 +63,55 @@ def weights_table(params: Any, errors: dict[str, float]) -> Table:
     table.add_section()
     table.add_row("total", "", "", "", f"{total:,}", "")
     return table
+
+
+def profile_table(profile: Sequence[tuple[str, float]]) -> Table:
+    """Seconds by phase, and their shares."""
+    total = sum(seconds for _, seconds in profile)
+    table = Table(title="where the time went", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    _add_columns(table, ("phase", "seconds", "share"))
+    for phase, seconds in profile:
+        table.add_row(phase, f"{seconds:.1f}", f"{100 * seconds / total:.0f} %" if total else "")
+    table.add_section()
+    table.add_row("total", f"{total:.1f}", "")
+    return table
+
+
+def estimate_table(estimate: Estimate) -> Table:
+    """What a quantization would take: each weight before and after, and in the caption peak and time."""
+    table = Table(
+        title=f"{len(estimate.weights)} weights to quantize",
+        caption=f"{estimate.nbytes:,} bytes -> {estimate.packed_nbytes:,} bytes, with what stays in float",
+        box=rich.box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    _add_columns(table, ("weight", "shape", "bits", "group", "bytes", "packed"))
+    for weight in estimate.weights:
+        sizes = (str(weight.bits), str(weight.group_size), f"{weight.nbytes:,}", f"{weight.packed_nbytes:,}")
+        table.add_row(_plain(weight.path), shape_text(weight.shape), *sizes)
+    return table
+
+
+def estimate_lines(estimate: Estimate) -> list[str]:
+    """Peak and time in words."""
+    peak = ", ".join(
+        f"{name} {size / 1e6:,.0f}" for name, size in estimate.peak if size >= 0.005 * estimate.peak_nbytes
+    )
+    phases = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in estimate.seconds if seconds)
+    return [
+        f"peak memory: about {estimate.peak_nbytes / 1e6:,.0f} MB, at {estimate.peak_at}, beside what libraries and "
+        "compiler take (on a CPU some 365 MB)",
+        f"  of these MB: {peak}",
+        f"time: about {_duration(estimate.total_seconds)} beside reading, compiling and writing ({phases}), from "
+        f"{sum(count for _, count in estimate.flops) / 1e12:,.1f} TFLOP and {estimate.rate / 1e9:,.0f} GFLOP/s, the "
+        "rate of one float32 product just now",
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def cells(row: Row) -> tuple[str, ...]:

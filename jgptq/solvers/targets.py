@@ -7,6 +7,7 @@ r̂ - r, can be made up for as well, as far as it is linear in x: + (H + λI)⁻
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jgptq.hessian import HIGHEST, Hessian, factor
+from jgptq.panels import over_columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,15 +48,21 @@ class Drift(NamedTuple):
     residuals: dict[int, Float[Array, "in out"]]
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnames="drift")
 def corrections(hessian: Hessian, drift: Drift, ridge: Float[Array, ""] | float) -> Drift:
-    """(H + λI)⁻¹ times each sum, as a mean: what to multiply a weight by, and what to add to it."""
+    """(H + λI)⁻¹ times each sum, as a mean: what to multiply a weight by, and what to add to it.
+
+    The drift is donated: the result takes its place.
+    """
 
     def solve(hessian, sums):
         factored = factor(hessian, ridge)
         tokens = jnp.maximum(hessian.tokens, 1).astype(jnp.float32)
-        solved = [jnp.where(factored.failed, 0.0, factored.solve(total / tokens)) for total in sums]
-        return solved
+
+        def columns(total):
+            return jnp.where(factored.failed, 0.0, factored.solve(total / tokens))
+
+        return [over_columns(columns, total) for total in sums]
 
     if hessian.total.ndim == 2:
         inputs, *residuals = solve(hessian, [drift.inputs, *drift.residuals.values()])

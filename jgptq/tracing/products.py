@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jgptq.hessian import HIGHEST, Hessian, init_hessian, update_hessian
+from jgptq.panels import add_product
 from jgptq.tensor import Layout
 from jgptq.tracing import views
 
@@ -46,8 +47,10 @@ class Dot:
         matrix = x.transpose(*self.batch, *self.tokens, *self.contracted)
         return _floating(matrix.reshape((batch, rows, columns) if self.batch else (rows, columns)))
 
-    def cross(self, x: jax.Array, other: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-        return _cross(self.rows(x), self.rows(other), weights)
+    def add_cross(
+        self, total: jax.Array, x: jax.Array, other: jax.Array, weights: jax.Array | None = None
+    ) -> jax.Array:
+        return _add_cross(total, self.rows(x), self.rows(other), weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,8 +71,8 @@ class Convolution:
     def add(self, hessian: Hessian, x: jax.Array) -> Hessian:
         return _add(hessian, self.rows(x))
 
-    def cross(self, x: jax.Array, other: jax.Array) -> jax.Array:
-        return _cross(self.rows(x), self.rows(other))
+    def add_cross(self, total: jax.Array, x: jax.Array, other: jax.Array) -> jax.Array:
+        return _add_cross(total, self.rows(x), self.rows(other))
 
     def rows(self, x: jax.Array) -> jax.Array:
         """The patches of x as (tokens, in), or a matrix of them for each group of channels."""
@@ -106,10 +109,11 @@ class Ragged:
 
         return Hessian(self._fold(gram, hessian.total, group_sizes, x), hessian.tokens + group_sizes.astype(jnp.int32))
 
-    def cross(self, x: jax.Array, group_sizes: jax.Array, other: jax.Array, _: jax.Array) -> jax.Array:
+    def add_cross(
+        self, total: jax.Array, x: jax.Array, group_sizes: jax.Array, other: jax.Array, _: jax.Array
+    ) -> jax.Array:
         x, other = self._rows(x), self._rows(other)
-        start = jnp.zeros((group_sizes.shape[0], x.shape[1], x.shape[1]), jnp.float32)
-        return self._fold(lambda total, rows: total + _cross(*rows), start, group_sizes, x, other)
+        return self._fold(lambda total, rows: _add_cross(total, *rows), total, group_sizes, x, other)
 
     def _rows(self, x: jax.Array) -> jax.Array:
         return _floating(x).transpose(self.rows, *self.contracted).reshape(x.shape[self.rows], -1)
@@ -240,11 +244,12 @@ def _add(hessian: Hessian, rows: jax.Array) -> Hessian:
     return Hessian(total, hessian.tokens + live)
 
 
-def _cross(x: jax.Array, other: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Σ x (other - x)ᵀ over tokens, of (tokens, in) or of each matrix of a batch; tokens by their weights, if given."""
+def _add_cross(total: jax.Array, x: jax.Array, other: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Adds Σ x (other - x)ᵀ over tokens, of (tokens, in) or of each matrix of a batch; tokens by their weights."""
     drift = other.astype(jnp.float32) - x.astype(jnp.float32)
     drift = drift if weights is None else drift * weights[:, None]
-    return jnp.einsum("...ti,...tj->...ij", x.astype(jnp.float32), drift, precision=HIGHEST)
+    add = add_product if x.ndim == 2 else jax.vmap(add_product)
+    return add(total, x.astype(jnp.float32), drift)
 
 
 def _floating(x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgptq.partition import from_host, replicated, to_host
+from jgptq.phases import UNMEASURED, Phases
 from jgptq.tensor import Index
 from jgptq.tracing.gradients import Loss, squared_gradients
 from jgptq.tracing.graph import Graph, Read
@@ -33,6 +34,7 @@ class Stream:
         keep_outputs: bool,
         on_host: bool,
         read_float: Callable[[int, Index], Any] | None = None,
+        phases: Phases = UNMEASURED,
     ):
         self.graph = graph
         self.position = 0
@@ -40,6 +42,7 @@ class Stream:
         self._read_float = read_float
         self._programs = programs
         self._on_host = on_host
+        self._phases = phases
         self.batches = len(batches)
         self._input_tree = jax.tree.structure(batches[0])
         self._batch_values = [dict(zip(graph.inputs, jax.tree.leaves(batch), strict=True)) for batch in batches]
@@ -53,6 +56,11 @@ class Stream:
         """Runs the equations up to `position` for every batch and drops the values nothing later uses."""
         if position == self.position:
             return
+        with self._phases("advance"):
+            self._advance(position)
+            self._phases.wait([list(values.values()) for values in (*self._batch_values, *self._float_values)])
+
+    def _advance(self, position: int) -> None:
         live = {var for var, last in self._last_use.items() if last >= position}
         part = segment(self.graph, self.position, position, live)
         program = self._programs.setdefault(part.program, part.program)
@@ -86,6 +94,14 @@ class Stream:
         values.update(zip(outputs, map(_to_host, results) if self._on_host else results, strict=True))
         for var in [var for var in values if var not in live]:
             del values[var]
+
+    def parts_before(self, position: int) -> set[tuple[int, Index]]:
+        """The parts of leaves that equations from here to `position` read."""
+        equations = self.graph.equations[self.position : position]
+        return {self.graph.parts[atom] for equation in equations for atom in equation.invars if self._is_part(atom)}
+
+    def _is_part(self, atom: Any) -> bool:
+        return isinstance(atom, jex.Var) and atom in self.graph.parts
 
     def snapshot(self) -> Any:
         """What `restore` takes to come back here."""

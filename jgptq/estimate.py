@@ -1,0 +1,352 @@
+"""What a quantization will take, before it begins: weights, bytes, peak memory and time, from shapes alone.
+
+The peak is that of `quantize`'s own arrays by the model in docs/memory.md, in which every term is a line here; the
+libraries' own memory, and what compilers take while they compile, come on top. Time is floating-point operations over
+the rate of one matrix product, measured here, in which what goes element by element counts as so many; reading,
+compiling and writing come on top.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jgptq.executor import part_key
+from jgptq.grid import Grid
+from jgptq.panels import PANEL
+from jgptq.quantize import Rule, checked_rules, chosen_sites, completed, settings_of
+from jgptq.solvers import Method
+from jgptq.tensor import QuantizedTensor, from_codes
+from jgptq.tracing.costs import elements, flops, last_reads, parts_read, waiting_bytes, working_bytes
+from jgptq.tracing.graph import Graph, Part, Site, Step, as_abstract, leaf_paths, trace
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A weight to be quantized. nbytes: as it is; packed_nbytes: as codes, scales and zeros."""
+
+    path: str
+    shape: tuple[int, ...]
+    bits: int
+    group_size: int
+    nbytes: int
+    packed_nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a quantization will take.
+
+    weights: in no order of solving; skipped: (path, reason) of every other float leaf. nbytes, packed_nbytes: of all
+    parameters before and after. peak: (what, bytes), the largest first, of the moment with most memory; peak_at: the
+    weights solved then. flops, seconds: by phase; seconds of a matrix product's measured rate, `rate` a second.
+    """
+
+    weights: tuple[Planned, ...]
+    skipped: tuple[tuple[str, str], ...]
+    nbytes: int
+    packed_nbytes: int
+    peak: tuple[tuple[str, int], ...]
+    peak_at: str
+    flops: tuple[tuple[str, float], ...]
+    seconds: tuple[tuple[str, float], ...]
+    rate: float
+
+    @property
+    def peak_nbytes(self) -> int:
+        return sum(size for _, size in self.peak)
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(seconds for _, seconds in self.seconds)
+
+
+def estimate(
+    f: Callable,
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    grid: Grid | None = None,
+    method: str | Method = "gptq",
+    quality: str = "balanced",
+    rules: Sequence[Rule] | None = None,
+    offload: str | None = None,
+    lazy: bool | None = None,
+    kept: bool = True,
+) -> Estimate:
+    """What `quantize` with the same arguments will take; nothing is read, and only one small product computed.
+
+    params, batches: as for `quantize`, or jax.ShapeDtypeStructs in place of arrays. Batches of one shape are one
+    trace, however many. A Flax NNX module takes the place of f and params.
+    lazy: whether parameters are read when needed; None: as the leaves of params are, shapes counting as lazy.
+    kept: whether `quantize` keeps packed weights in memory, as it does without `finished=`.
+    """
+    grid, method = settings_of(Grid() if grid is None else grid, method, quality)
+    rules = [(pattern, completed(options, grid, method, quality)) for pattern, options in checked_rules(rules or ())]
+    shapes, counts = _counted(batches)
+    graphs = [trace(f, params, *batch) for batch in shapes]
+    sites = graphs[0].sites
+    plan = chosen_sites(sites, grid, method, rules)
+    chosen = {site.leaf: site for site in sites if site.leaf in plan}
+    leaves = [leaf for _, leaf in leaf_paths(params)]
+    if lazy is None:
+        lazy = not any(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+    packed = {(leaf, part.index): _packed_bytes(part, plan[leaf][0]) for leaf in chosen for part in chosen[leaf].parts}
+    model = _Memory(graphs, counts, leaves, packed, plan, lazy=lazy, kept=kept, on_host=offload == "host")
+    steps = [list(step) for step in zip(*(graph.steps(plan) for graph in graphs), strict=True)]
+    peak, at, work = {}, "", {"advance": 0.0, "hessian": 0.0, "targets": 0.0, "solve": 0.0}
+    for number, own in enumerate(steps):
+        for moment in model.moments(steps, number):
+            if sum(moment.values()) > sum(peak.values()):
+                peak, at = moment, ", ".join(chosen[part.leaf].name(part) for part in own[0].parts)
+        for phase, count in _work(graphs, counts, steps, number, plan).items():
+            work[phase] += count
+    rate = matmul_rate()
+    before = sum(_nbytes(leaf) for leaf in leaves)
+    taken = sum(packed.values()) - sum(_nbytes(leaves[leaf]) for leaf in chosen)
+    return Estimate(
+        weights=tuple(_planned(site, leaves[site.leaf], plan[site.leaf][0], packed) for site in chosen.values()),
+        skipped=tuple(
+            (site.path, "left alone by a rule" if site.quantizable else site.reason)
+            for site in sites
+            if site.leaf not in plan
+        ),
+        nbytes=before,
+        packed_nbytes=before + taken,
+        peak=tuple(sorted(((name, size) for name, size in peak.items() if size), key=lambda item: -item[1])),
+        peak_at=at,
+        flops=tuple(work.items()),
+        seconds=tuple((phase, count / rate) for phase, count in work.items()),
+        rate=rate,
+    )
+
+
+def matmul_rate(size: int = 1024, repeats: int = 3) -> float:
+    """Floating-point operations a second of one float32 product of (4 size, size) and (size, size) matrices."""
+    product = jax.jit(lambda x, w: x @ w)
+    x, w = jnp.ones((4 * size, size)), jnp.ones((size, size))
+    product(x, w).block_until_ready()
+    best = math.inf
+    for _ in range(repeats):
+        started = time.perf_counter()
+        product(x, w).block_until_ready()
+        best = min(best, time.perf_counter() - started)
+    return 8 * size**3 / best
+
+
+def _counted(batches: Iterable[Any]) -> tuple[list[tuple], list[int]]:
+    """The shapes of batches that differ in them, and how many there are of each."""
+    counts: dict[Any, int] = {}
+    for batch in batches:
+        leaves, tree = jax.tree.flatten(batch if isinstance(batch, tuple) else (batch,))
+        key = tree, tuple((np.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in leaves)
+        counts[key] = counts.get(key, 0) + 1
+    if not counts:
+        raise ValueError("no calibration data: batches is empty; give at least one batch of the function's inputs")
+    return [
+        jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves]) for tree, leaves in counts
+    ], list(counts.values())
+
+
+def _nbytes(leaf: Any) -> int:
+    leaf = as_abstract(leaf)
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize if hasattr(leaf, "dtype") else 0
+
+
+def _packed_bytes(part: Part, grid: Grid) -> int:
+    """Of a part's codes, scales and zeros, as `quantize` makes them."""
+    packed = packed_shape(part.layout.in_features, part.layout.out_features, grid)
+    return sum(map(_nbytes, jax.tree.leaves(packed))) * math.prod(part.layout.sizes(part.layout.batch_axes))
+
+
+@functools.cache
+def packed_shape(in_features: int, out_features: int, grid: Grid) -> QuantizedTensor:
+    """A packed weight without values, as `quantize` would make it."""
+    codes = jax.ShapeDtypeStruct((in_features, out_features), np.uint32)
+    scales = jax.ShapeDtypeStruct((-(-in_features // grid.group_length(in_features)), out_features), grid.scale_dtype)
+    zeros = None if grid.symmetric else scales
+    return jax.eval_shape(lambda *arrays: from_codes(*arrays, grid=grid), codes, scales, zeros)
+
+
+def _planned(site: Site, leaf: Any, grid: Grid, packed: dict) -> Planned:
+    return Planned(
+        path=site.path,
+        shape=site.shape,
+        bits=grid.bits,
+        group_size=grid.group_length(site.layout.in_features),
+        nbytes=_nbytes(leaf),
+        packed_nbytes=sum(packed[site.leaf, part.index] for part in site.parts),
+    )
+
+
+def _follows(method: Any) -> bool:
+    return bool(getattr(method, "targets", None) or getattr(method, "bias_correction", False))
+
+
+class _Memory:
+    """Bytes that `quantize` holds, by what they are, at the moments of a step that take most."""
+
+    def __init__(self, graphs, counts, leaves, packed, plan, *, lazy: bool, kept: bool, on_host: bool):
+        self.graphs, self.counts, self.packed = graphs, counts, packed
+        self.lazy, self.kept = lazy, kept
+        # Where the device is a CPU, the host's memory is its own.
+        self.elsewhere = on_host and jax.default_backend() != "cpu"
+        self.sizes = [_itemsize(leaf) for leaf in leaves]
+        self.models = 2 if any(_follows(method) for _, method in plan.values()) else 1
+        self.whole = 0 if lazy else sum(_nbytes(leaf) for leaf in leaves)
+        self.last_reads = [last_reads(graph) for graph in graphs]
+
+    def moments(self, steps: list[list[Step]], number: int) -> list[dict[str, int]]:
+        own = steps[number]
+        step = own[0]
+        before = steps[number - 1] if number else None
+        held = {"parameters": self.whole, "packed weights": self._finished(steps, number)}
+        replaced = self._replaced(steps, number)
+        n, square, batch = _sizes(step.parts[0])
+        hessian = 4 * square * batch
+        drift = residuals = 0
+        if self.models == 2 and number:
+            residuals = sum(4 * n * part.layout.out_features for part in step.parts if any(r.added for r in part.reads))
+            drift = hessian + residuals
+        return [
+            held | replaced | self._advancing(before, own),
+            held
+            | replaced
+            | {"activations": self._waiting(own), "Hessian": hessian, "drift": drift}
+            | {"inputs in float32": self._rows(own) + 4 * min(n, PANEL) * n * batch},
+            held
+            | replaced
+            | {"activations": self._waiting(own), "Hessian": hessian, "drift": drift}
+            | {"factor": 4 * square + (4 * square if drift else 0)},
+            held
+            | replaced
+            | {"activations": self._waiting(own), "factor": 4 * square, **self._solving(step, bool(drift))}
+            | {"Hessian": hessian if batch > 1 else 0}
+            | {"read ahead": self._ahead(steps, number)},
+        ]
+
+    def _finished(self, steps: list[list[Step]], number: int) -> int:
+        done = [part_key(part) for own in steps[:number] for part in own[0].parts]
+        return sum(self.packed[key] for key in done) if self.kept else 0
+
+    def _replaced(self, steps: list[list[Step]], number: int) -> dict[str, int]:
+        """Quantized values of solved parts that equations still to run read, and what the float model has there."""
+        start = [step.start for step in steps[number - 1 if number else 0]]
+        keys = {part_key(part) for own in steps[:number] for part in own[0].parts}
+        needed = [
+            key for key in keys if any(last.get(key, -1) >= at for last, at in zip(self.last_reads, start, strict=True))
+        ]
+        size = sum(self._part_bytes(key) for key in needed)
+        return {"quantized values": size, "float values": size if self.models == 2 and self.lazy else 0}
+
+    def _part_bytes(self, key: tuple[int, tuple]) -> int:
+        leaf, index = key
+        return self.sizes[leaf] * math.prod(stop - start for start, stop in index)
+
+    def _advancing(self, before: list[Step] | None, own: list[Step]) -> dict[str, int]:
+        """While batches go from the last step to this one: those still there, those here, and the one under way."""
+        waiting = working = read = 0
+        for place, (graph, count) in enumerate(zip(self.graphs, self.counts, strict=True)):
+            start, stop = (0 if before is None else before[place].start), own[place].start
+            one = max(waiting_bytes(graph, start), waiting_bytes(graph, stop))
+            waiting += (1 if self.elsewhere else count) * one
+            working = max(working, working_bytes(graph, start, stop))
+            if self.lazy:
+                read = max(read, sum(map(self._part_bytes, parts_read(graph, start, stop))))
+        known = sum(self._part_bytes(part_key(part)) for part in before[0].parts) if before else 0
+        return {"activations": self.models * waiting, "one batch": working, "weights": max(0, read - known)}
+
+    def _waiting(self, own: list[Step]) -> int:
+        if self.elsewhere:
+            return 0
+        parts = zip(self.graphs, self.counts, own, strict=True)
+        return self.models * sum(count * waiting_bytes(graph, step.start) for graph, count, step in parts)
+
+    def _rows(self, own: list[Step]) -> int:
+        """One batch's inputs in float32, twice where two models are compared."""
+        largest = max(
+            4 * math.prod(atom.aval.shape) for step in own for read in step.reads for atom in read.activations
+        )
+        return largest * (2 if self.models == 2 else 1)
+
+    def _solving(self, step: Step, moved: bool) -> dict[str, int]:
+        weights = [4 * math.prod(part.layout.shape) for part in step.parts]
+        own = sum(self._part_bytes(part_key(part)) for part in step.parts)
+        copies = SOLVE_COPIES if jax.default_backend() == "cpu" else SOLVE_COPIES_ELSEWHERE
+        return {
+            "targets": sum(weights) if moved else 0,
+            "weights": own if self.lazy else 0,
+            "one solve": int(copies * max(weights)),
+            "quantized values of the step": own,
+        }
+
+    def _ahead(self, steps: list[list[Step]], number: int) -> int:
+        if not self.lazy or number + 1 == len(steps):
+            return 0
+        return sum(self._part_bytes(part_key(part)) for part in steps[number + 1][0].parts)
+
+
+# What one solve takes at most, in float32 copies of its weight: outputs go 256 at a time on a CPU, else all at once.
+SOLVE_COPIES, SOLVE_COPIES_ELSEWHERE = 1.5, 5.0
+
+
+def _itemsize(leaf: Any) -> int:
+    return jnp.dtype(leaf.dtype).itemsize if hasattr(leaf, "dtype") else 0
+
+
+def _sizes(part: Part) -> tuple[int, int, int]:
+    """Inputs, elements of a Hessian, and Hessians in the batch."""
+    n = part.layout.in_features
+    return n, n * n, math.prod(part.layout.sizes(part.layout.batch_axes))
+
+
+def _work(graphs: list[Graph], counts: list[int], steps: list[list[Step]], number: int, plan: dict) -> dict[str, float]:
+    """Floating-point operations of one step, by phase."""
+    own, step = steps[number], steps[number][0]
+    follows = any(_follows(plan[part.leaf][1]) for part in step.parts)
+    n, square, batch = _sizes(step.parts[0])
+    work = {"advance": 0.0, "hessian": 0.0, "targets": 0.0, "solve": 0.0}
+    for place, (graph, count) in enumerate(zip(graphs, counts, strict=True)):
+        start = steps[number - 1][place].start if number else 0
+        equations = graph.equations[start : own[place].start]
+        once = flops(equations) + ELEMENT * elements(equations)
+        work["advance"] += (2 if follows else 1) * count * once
+        for place_of_read, read in enumerate(own[place].reads):
+            rows = count * math.prod(read.activations[0].aval.shape) / (n * batch)
+            written = sum(part.layout.out_features for part in own[place].parts if part.reads[place_of_read].added)
+            work["hessian"] += 2 * rows * square * batch
+            if follows and number:
+                work["hessian"] += 2 * rows * (square * batch + n * written)
+    if follows and number:
+        outputs = sum(part.layout.out_features for part in step.parts)
+        work["targets"] = batch * (n**3 / 3 + 2 * square * n + 2 * square * outputs)
+    work["solve"] = batch * n**3 / 3
+    for part in step.parts:
+        grid, method = plan[part.leaf]
+        work["solve"] += _solve_work(part, grid, method, batch)
+    return work
+
+
+def _solve_work(part: Part, grid: Grid, method: Any, batch: int) -> float:
+    """The feedback of earlier inputs and two output energies; the loop over columns; and each group's other solves.
+
+    Of these there are CANDIDATES where scales are chosen in the loop, and half as many in a sweep over the groups; it
+    also takes two products of each group with all others.
+    """
+    n, outputs = part.layout.in_features, part.layout.out_features
+    sweeps, search = getattr(method, "sweeps", 0), getattr(method, "scale_search", None)
+    solves = (CANDIDATES if search == "in_loop" else 0) + sweeps * CANDIDATES / 2
+    loop = COLUMN_LOOP + SEARCH * solves * grid.group_length(n)
+    return batch * outputs * n * (3 * n + 4 * n * sweeps + loop)
+
+
+# What goes element by element, in as many operations of a product as take its time, on 2 cores of a Xeon whose products
+# make 240 GFLOP/s: a result of an elementwise equation, a weight in the solver's loop over columns, and one in a
+# candidate's solve of a group, for each input of the group.
+ELEMENT, COLUMN_LOOP, SEARCH, CANDIDATES = 200, 15_000, 14, 16
