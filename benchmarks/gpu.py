@@ -1,4 +1,4 @@
-"""The packed product on a GPU: values against float64 first, then times, then decoding. One command, ten minutes.
+"""The packed product on a GPU: values against float64 first, then times, then decoding; and the solver. One command.
 
     python benchmarks/gpu.py                   # an NVIDIA H100 or H200; writes benchmarks/results/gpu-<device>.json
     python benchmarks/gpu.py --tiny            # small shapes, on any machine: only shows that the script runs
@@ -6,8 +6,10 @@
 Every time is of a compiled loop over several weights, together more than twice the L2 cache, each product on inputs
 that follow from the one before; so no weight and no input is at hand, and no launch is waited for. Compared are the
 implementations of jgptq.matmul, bfloat16 `x @ W`, XLA's own int4 (a group-scaled product with an int4 array), and
-GPTQModel's Triton kernel if it and PyTorch are installed. `bandwidth` is the fraction of the measured
-rate of a copy, in bytes of the weight. Nothing is timed whose relative error is above 5e-3.
+GPTQModel's Triton kernel if it and PyTorch are installed. `bandwidth` is the fraction of the measured rate of a copy,
+in bytes of the weight. Nothing is timed whose relative error is above 5e-3. The solver's kernel for the inputs of a
+block must give the codes of its loop before solves are timed, beside the paper's own algorithm in PyTorch if that is
+installed.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from jax import lax
 
 import jgptq
 from jgptq import tensor
+from jgptq.solvers import PRESETS, descent
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -48,6 +51,7 @@ GRIDS = (
 )
 L2_BYTES = 60e6
 TOLERANCE = 5e-3
+SOLVES = ((4096, 4096), (14336, 4096), (28672, 8192))
 
 
 def relative_error(y: jax.Array, exact: np.ndarray) -> float:
@@ -224,10 +228,100 @@ def decoding(options: Any, batches: tuple[int, ...]) -> list[dict]:
     return rows
 
 
+def solver(grid: jgptq.Grid, *, kernel: bool, quality: str = "fast") -> Callable:
+    """A compiled solve of a weight with a Hessian. kernel: on a Hopper, rather than the loop."""
+    method = PRESETS["gptq"][quality]
+
+    def solve(w: jax.Array, hessian: jgptq.Hessian) -> Any:
+        # Read when the solve is traced.
+        kept, descent.KERNEL_DEVICES = descent.KERNEL_DEVICES, descent.KERNEL_DEVICES if kernel else ()
+        try:
+            return method.solve(w, hessian, grid)
+        finally:
+            descent.KERNEL_DEVICES = kept
+
+    compiled = jax.jit(solve)
+
+    def run(w: jax.Array, hessian: jgptq.Hessian) -> Any:
+        jax.clear_caches()  # the parts of a solve are compiled for themselves, with or without the kernel
+        program = compiled.lower(w, hessian).compile()
+        return lambda: program(w, hessian)
+
+    return run
+
+
+def problem(shape: tuple[int, int]) -> tuple[jax.Array, jgptq.Hessian]:
+    keys = jax.random.split(jax.random.key(3))
+    spectrum = jnp.arange(1, shape[0] + 1, dtype=jnp.float32) ** -0.375
+    hessian = jgptq.init_hessian(shape[0])
+    for number in range(-(-shape[0] // 4096) + 1):
+        tokens = jax.random.normal(jax.random.fold_in(keys[0], number), (4096, shape[0])) * spectrum
+        hessian = jgptq.update_hessian(hessian, tokens)
+    return jax.random.normal(keys[1], shape), hessian
+
+
+def same_codes(shape: tuple[int, int], grid: jgptq.Grid) -> dict:
+    """Of the kernel's solve and the loop's: a product of the two that differ in rounding may turn a code over."""
+    (ours, info), (loop, other) = (solver(grid, kernel=kernel)(*problem(shape))() for kernel in (True, False))
+    equal = float(jnp.mean(tensor.unpack_codes(ours) == tensor.unpack_codes(loop)))
+    losses = float(info.loss), float(other.loss)
+    row = {"shape": shape, "codes_equal": equal, "loss_of_kernel": losses[0], "loss_of_loop": losses[1]}
+    print(row, flush=True)
+    if not (equal > 0.98 and abs(losses[0] / losses[1] - 1) < 1e-3):
+        raise SystemExit("the solver's kernel is wrong: empty KERNEL_DEVICES in jgptq/solvers/descent.py")
+    return row
+
+
+def torch_solve_seconds(w: jax.Array, hessian: jgptq.Hessian, options: Any) -> float | None:
+    """The paper's own algorithm on the GPU under PyTorch; None where there is none."""
+    try:
+        import reference_gptq_torch
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    operands = (torch.tensor(np.asarray(array)) for array in (w, hessian.mean()))
+    with torch.device("cuda"), torch.inference_mode():
+        torch_w, torch_h = (array.cuda() for array in operands)
+        times = []
+        for _ in range(2):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            reference_gptq_torch.gptq(
+                torch_w, torch_h, bits=4, group_size=options.group, cholesky_inverse=True, symmetric=True
+            )
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+    torch.cuda.empty_cache()
+    return times[-1]
+
+
+def solving(options: Any, shapes: tuple[tuple[int, int], ...], hopper: bool) -> dict:
+    """Seconds of solves, the Hessian given; first whether the kernel is right."""
+    grid = jgptq.Grid(bits=4, group_size=options.group, symmetric=True)
+    result: dict[str, Any] = {"agreement": same_codes((192, 200) if options.tiny else (1024, 1000), grid), "times": []}
+    for shape in shapes:
+        w, hessian = problem(shape)
+        row: dict[str, Any] = {"shape": shape}
+        for name, kernel, quality in (
+            ("kernel", True, "fast"),
+            ("loop", False, "fast"),
+            ("balanced", True, "balanced"),
+        ):
+            if (kernel and quality == "fast" and not hopper) or (quality == "balanced" and shape != shapes[0]):
+                continue
+            row[f"{name}_seconds"] = seconds(solver(grid, kernel=kernel, quality=quality)(w, hessian), options.repeats)
+        row["torch_seconds"] = torch_solve_seconds(w, hessian, options)
+        print(row, flush=True)
+        result["times"].append(row)
+    return result
+
+
 def parsed() -> Any:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="small shapes and few repeats, on any machine")
-    parser.add_argument("--only", choices=("values", "times", "decoding"), help="one part of the three")
+    parser.add_argument("--only", choices=("values", "times", "decoding", "solves"), help="one part of the four")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     full = {"loops": 20, "repeats": 5, "weights": 16, "group": 128, "tokens": 64, "vocab": 128256, "heads": 32}
@@ -269,6 +363,8 @@ def main() -> None:
         ]
     if options.only in (None, "decoding"):
         result["decoding"] = decoding(options, (1,) if options.tiny else (1, 8, 32))
+    if options.only in (None, "solves"):
+        result["solves"] = solving(options, ((96, 160),) if options.tiny else SOLVES, hopper)
     kind = device.device_kind.lower().replace(" ", "-")
     output = options.output or ROOT / "benchmarks" / "results" / f"gpu-{kind}.json"
     output.write_text(json.dumps(result, indent=1) + "\n")

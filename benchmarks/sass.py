@@ -1,15 +1,15 @@
-"""Products compiled for GPUs on a machine without one: spills, stack and instructions of the Hopper kernel, memory.
+"""Kernels compiled for GPUs on a machine without one: spills, stack and instructions of the Hopper kernels, memory.
 
     python -m venv /tmp/aot && . /tmp/aot/bin/activate && pip install -e . absl-py jax==0.10.2
     pip install --no-deps jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 triton
     python benchmarks/sass.py                  # writes benchmarks/results/sass-h200.json
 
-The kernel is compiled for an H200; products and gradients of few rows, which XLA does by itself, for an A100. Fails if
-a kernel spills registers or has a stack frame, if its program takes more memory besides its arguments than partial sums
-and inputs of one product do, or if one of XLA's takes a quarter of what the weight would in float. Instructions a
-weight are those of the loop that a warp runs for each block, over the weights it decodes; they are counted where ptxas
-and nvdisasm are found (Triton's package has both). At the rate at which an H200 copies memory, 4-bit weights leave time
-for about 3.6.
+The kernels, of products and of the solver's inputs one by one, are compiled for an H200; products and gradients of few
+rows, which XLA does by itself, for an A100. Fails if a kernel spills registers or has a stack frame, if its program
+takes more memory besides its arguments than partial sums and inputs of one product do, or if one of XLA's takes a
+quarter of what the weight would in float. Instructions a weight are those of the loop that a warp runs for each block,
+over the weights it decodes; they are counted where ptxas and nvdisasm are found (Triton's package has both). At the
+rate at which an H200 copies memory, 4-bit weights leave time for about 3.6.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from jax.experimental import topologies  # noqa: E402
 
 import jgptq  # noqa: E402
 from jgptq.kernels.hopper import Plan  # noqa: E402
+from jgptq.solvers import hopper  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -68,6 +69,8 @@ PRODUCTS = [
     (4096, 4096, 8, 32, False, 64, "bfloat16"),
     (4096, 4096, 8, 128, False, 8, "float16"),
 ]
+# Inputs and outputs of a block of a solve: one and two warpgroups a program.
+BLOCKS = [(128, 4096), (128, 16384), (32, 4096)]
 # An A100 likewise, from the table of compute capability 8.0.
 AMPERE = TARGET
 for own, other in {
@@ -151,6 +154,31 @@ def by_xla(product: tuple, device: jax.Device) -> list[dict]:
     return found
 
 
+def kernel_facts(f: Callable, *arguments: Any) -> tuple[dict, Path]:
+    """Of f compiled for an H200 with one kernel: what ptxas says of that, the program's memory, the kernel's PTX."""
+    for old in Path(DUMP).iterdir():
+        old.unlink()
+    memory = program(f, *arguments, kind="NVIDIA H200", cores=132).memory_analysis()
+    (report,), (ptx,) = (list(Path(DUMP).glob(f"*.{kind}")) for kind in ("ptxas", "ptx"))
+    text = report.read_text()
+    numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", text)
+    facts = {
+        "stack_spill_stores_spill_loads": [int(number) for number in numbers.groups()],
+        "registers": int(re.search(r"Used (\d+) registers", text)[1]),
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+    return facts, ptx
+
+
+def block_of_inputs(shape: tuple[int, int], device: jax.Device) -> dict:
+    (n, out), there = shape, jax.sharding.SingleDeviceSharding(device)
+    shapes = (n, out), (n, out), (n, n), (n,), (out,), (out,), ()
+    facts, _ = kernel_facts(
+        hopper.solve, *(jax.ShapeDtypeStruct(shape, jax.numpy.float32, sharding=there) for shape in shapes)
+    )
+    return {"block": shape, **facts, "allowed_bytes": 2**16}
+
+
 def compiled(product: tuple, device: jax.Device) -> dict:
     rows = product[-2]
     x, weight = operands(product, device)
@@ -158,17 +186,12 @@ def compiled(product: tuple, device: jax.Device) -> dict:
     weight = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there), jax.eval_shape(jgptq.prepack, weight)
     )
-    for old in Path(DUMP).iterdir():
-        old.unlink()
-    memory = program(jgptq.matmul, x, weight, kind="NVIDIA H200", cores=132).memory_analysis()
-    (report,), (ptx,) = (list(Path(DUMP).glob(f"*.{kind}")) for kind in ("ptxas", "ptx"))
-    numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", report.read_text())
+    facts, ptx = kernel_facts(jgptq.matmul, x, weight)
     plan, loop = Plan.of(rows, weight), loop_of(ptx)
     row = {
         "product": product,
         "plan": vars(plan),
-        "stack_spill_stores_spill_loads": [int(number) for number in numbers.groups()],
-        "temporary_bytes": memory.temp_size_in_bytes,
+        **facts,
         "allowed_bytes": 2 * plan.tokens * (4 * plan.split * weight.outputs + 2 * 128 * weight.blocks) + 2**16,
     }
     if loop is not None:
@@ -182,14 +205,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "sass-h200.json")
     parser.add_argument("--few", action="store_true", help="every third product, which is what the tests take")
     options = parser.parse_args()
-    hopper, ampere = (
+    hopper_device, ampere = (
         topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1").devices[0]
         for target in (TARGET, AMPERE)
     )
     step = 3 if options.few else 1
     rows = []
     for product in PRODUCTS[::step]:
-        rows.append(compiled(product, hopper))
+        rows.append(compiled(product, hopper_device))
+        print(rows[-1], flush=True)
+    for shape in BLOCKS[::step]:
+        rows.append(block_of_inputs(shape, hopper_device))
         print(rows[-1], flush=True)
     others = [row for product in XLA_PRODUCTS[::step] for row in by_xla(product, ampere)]
     print(*others, sep="\n", flush=True)
@@ -203,7 +229,7 @@ def main() -> None:
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     shutil.rmtree(DUMP)
     bad = [
-        row["product"]
+        row.get("product", row.get("block"))
         for row in rows + others
         if any(row.get("stack_spill_stores_spill_loads", ())) or row["temporary_bytes"] > row["allowed_bytes"]
     ]

@@ -6,9 +6,9 @@
 First the codes of both are checked against the float64 oracle of tests/reference.py at 64×512, for every width. Then
 for each shape (in×out) the sides run in turn, original, tuned, jgptq, original …, on the same weight and Hessian.
 `original` is the algorithm as its authors wrote it, with torch.cholesky_inverse; `tuned` takes triangular solves in its
-place and one thread in the column loop. At the end what `quality=` stands for solves a 1024×1024 weight. On a machine
-with other work the CPU seconds of the process say more than the wall clock, and the least of several more than their
-median. Needs PyTorch: pip install torch.
+place. Both have one thread in the column loop, where more wait for each other longer than they work. At the end what
+`quality=` stands for solves a 1024×1024 weight. On a machine with other work the CPU seconds of the process say more
+than the wall clock, and the least of several more than their median. Needs PyTorch: pip install torch.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def timed(run) -> dict:
 
 
 # The peers, by their options of reference_gptq_torch.gptq.
-FORMS = {"original": {"cholesky_inverse": True}, "tuned": {"cholesky_inverse": False, "loop_threads": 1}}
+FORMS = {"original": {"cholesky_inverse": True}, "tuned": {"cholesky_inverse": False}}
 
 
 def problem(n: int, out: int) -> tuple[np.ndarray, jgptq.Hessian]:
@@ -113,8 +113,8 @@ def race(shape: tuple[int, int], args) -> dict:
         return jax.block_until_ready(solve(jax_w, hessian))
 
     def theirs(form):
-        options = {"threads": args.threads, "loop_threads": args.threads} | FORMS[form]
-        return reference_gptq_torch.gptq(torch_w, torch_h, bits=args.bits, group_size=args.group_size, **options)
+        options = {"bits": args.bits, "group_size": args.group_size, "threads": args.threads, "loop_threads": 1}
+        return reference_gptq_torch.gptq(torch_w, torch_h, **options, **FORMS[form])
 
     losses = {"jgptq": float(ours()[1].loss)} | {form: float(theirs(form).loss) for form in FORMS}
     sides: dict[str, list[dict]] = {name: [] for name in (*FORMS, "jgptq")}

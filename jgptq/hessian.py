@@ -246,7 +246,10 @@ def _cholesky(matrix: Float[Array, "in in"]) -> Float[Array, "in in"]:
     size = _divisor(n, 512)
     if jax.default_backend() != "cpu" or size < min(n, 64):
         return _turned(matrix)
+    return _in_blocks(matrix, size)
 
+
+def _in_blocks(matrix: Float[Array, "in in"], size: int) -> Float[Array, "in in"]:
     def block(matrix, i, j):
         return lax.dynamic_slice(matrix, (i * size, j * size), (size, size))
 
@@ -256,11 +259,12 @@ def _cholesky(matrix: Float[Array, "in in"]) -> Float[Array, "in in"]:
         def product(k, left):
             return left - jnp.dot(block(matrix, k, i).T, block(matrix, k, j), precision=HIGHEST)
 
-        return lax.fori_loop(i + 1, n // size, product, block(matrix, i, j))
+        return lax.fori_loop(i + 1, count, product, block(matrix, i, j))
 
     def row(step, matrix):
-        i = n // size - 1 - step
-        corner = _turned(left(matrix, i, i))
+        i = count - 1 - step
+        # The library spends much of its time on a block this large starting threads.
+        corner = _in_blocks(jnp.tril(left(matrix, i, i)), inner) if inner < size else _turned(left(matrix, i, i))
         inverse = lax.linalg.triangular_solve(corner, jnp.eye(size, dtype=matrix.dtype), left_side=True, lower=True)
         matrix = lax.dynamic_update_slice(matrix, corner, (i * size, i * size))
 
@@ -270,7 +274,9 @@ def _cholesky(matrix: Float[Array, "in in"]) -> Float[Array, "in in"]:
 
         return lax.fori_loop(0, i, before, matrix)
 
-    return lax.fori_loop(0, n // size, row, matrix)
+    count, inner = matrix.shape[0] // size, _divisor(size, 128)
+    inner = inner if inner >= 64 else size
+    return lax.fori_loop(0, count, row, matrix)
 
 
 def _turned(matrix: Float[Array, "in in"]) -> Float[Array, "in in"]:

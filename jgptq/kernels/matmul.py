@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jgptq import tensor
+from jgptq.accelerators import HOPPERS, runs_on
 from jgptq.kernels import xla
 from jgptq.kernels.prepack import Prepacked, restore
 from jgptq.partition import Partition
@@ -180,7 +181,7 @@ def _choose(
     chosen = {
         kernel.platform: functools.partial(by_kernel, kernel.run)
         for kernel in KERNELS.values()
-        if rows <= kernel.rows and kernel.refusal(x, weight) is None and _is_for(kernel)
+        if rows <= kernel.rows and kernel.refusal(x, weight) is None and runs_on(kernel.platform, kernel.devices)
     }
     if jax.typeof(x).manual_axis_type.varying:
         chosen = {}  # this shard_map wants to be told along which axes results vary, and kernels do not say
@@ -281,7 +282,7 @@ def _tpu_refusal(x: Array, weight: Any) -> str | None:
 KERNELS = {
     "hopper": Kernel(
         platform="cuda",
-        devices=("H100", "H200", "H800", "H20", "GH200"),
+        devices=HOPPERS,
         rows=128,
         refusal=_hopper_refusal,
         run=_hopper,
@@ -290,29 +291,15 @@ KERNELS = {
 }
 
 
-def _is_for(kernel: Kernel, partition: Partition | None = None) -> bool:
-    """Whether what is traced now may run on the kernel's devices: by the abstract mesh, else by the machine's own.
-
-    XLA cannot divide a kernel between devices. So where there are several, it is for what `shard_map` has divided, or
-    by the weight's partition will have.
-    """
-    mesh = jax.sharding.get_abstract_mesh() if partition is None else partition.mesh
-    mesh = getattr(mesh, "abstract_mesh", mesh)
-    divided = partition is not None or (bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names))
-    if mesh.abstract_device is not None:
-        kinds, count = (mesh.abstract_device.device_kind,), mesh.size
-    else:
-        kinds = _device_kinds(kernel.platform)
-        count = len(kinds)
-    named = all(any(name in kind for name in kernel.devices) for kind in kinds)
-    return bool(kinds) and named and (count <= 1 or divided)
-
-
 def has_kernel_for_prepacked(params: Any = None) -> bool:
     """Whether what is traced now may run the Hopper kernel, where weights are Prepacked: these, if they are given."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, tensor.QuantizedTensor))
     partitions = {leaf.partition for leaf in leaves if isinstance(leaf, tensor.QuantizedTensor)} or {None}
-    return any(_is_for(KERNELS["hopper"], partition) for partition in partitions)
+    return any(_has_hopper(partition) for partition in partitions)
+
+
+def _has_hopper(partition: Partition | None) -> bool:
+    return runs_on("cuda", HOPPERS, None if partition is None else partition.mesh)
 
 
 def prefers_prepacked(weight: Any) -> bool:
@@ -321,13 +308,5 @@ def prefers_prepacked(weight: Any) -> bool:
         isinstance(weight, tensor.QuantizedTensor)
         and tensor.has_integer_zeros(weight)
         and weight.dtype.name in HOPPER_DTYPES
-        and _is_for(KERNELS["hopper"], weight.partition)
+        and _has_hopper(weight.partition)
     )
-
-
-@functools.cache
-def _device_kinds(platform: str) -> tuple[str, ...]:
-    try:
-        return tuple(device.device_kind for device in jax.devices(platform))
-    except RuntimeError:
-        return ()

@@ -7,13 +7,16 @@ With H + λI = Lᵀ D L, L unit lower triangular, and e = w - q,
 The sum over earlier blocks is a matrix product, and only the last few inputs go one by one.
 """
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jgptq import grid as grids
+from jgptq.accelerators import HOPPERS, runs_on
 from jgptq.hessian import HIGHEST
 from jgptq.solvers import fits
 
@@ -21,8 +24,12 @@ from jgptq.solvers import fits
 STRIP = 16
 # Inputs in a block of the outermost sum: its products are large enough to run at full speed.
 CHUNK = 512
-# Up to this many inputs earlier and later ones are summed in one product, which costs less than several small ones.
-SHORT = 128
+# Up to this many inputs earlier and later ones are summed in one product, which costs less than several small ones; on
+# a GPU the longer loops also wait for the host.
+SHORT = {"cpu": 128}
+# Devices that solve a block of up to 128 inputs in one kernel; more errors do not fit its registers. With no device
+# here the loop runs everywhere. The kernel has not run on a GPU yet: benchmarks/gpu.py compares the two.
+KERNEL_DEVICES, KERNEL_INPUTS = HOPPERS, 128
 
 
 class Rows(NamedTuple):
@@ -78,6 +85,33 @@ def descend(w, feedback, block: Block, rows, grid, fit, group, sizes) -> Solutio
         rows = Rows(scale[None], zero[None], jnp.zeros(n, jnp.int32))
         solution = descend(w, feedback, block, rows, grid, fit, group, sizes)
         return solution._replace(scales=rows.scales, zeros=rows.zeros)
+    by_loop = functools.partial(_in_blocks, grid=grid, fit=fit, group=group, sizes=sizes)
+    if _has_kernel(n, rows):
+        by_kernel = functools.partial(_by_kernel, max_code=grid.max_code)
+        return lax.platform_dependent(w, feedback, block, rows, cuda=by_kernel, default=by_loop)
+    return by_loop(w, feedback, block, rows)
+
+
+def _has_kernel(n: int, rows: Rows | None) -> bool:
+    one_grid = rows is not None and rows.scales.shape[0] == 1
+    return one_grid and STRIP <= n <= KERNEL_INPUTS and n % 8 == 0 and runs_on("cuda", KERNEL_DEVICES)
+
+
+def _by_kernel(w, feedback, block, rows, max_code) -> Solution:
+    from jgptq.solvers import hopper
+
+    n = w.shape[0]
+    targets = w if feedback is None else w + feedback
+    # The kernel has no rule for a batch.
+    solve = jax.custom_batching.sequential_vmap(hopper.solve)
+    lower, most = block.part(0, n, 0, n), jnp.asarray(max_code, jnp.float32)
+    codes, errors, loss = solve(w, targets, lower, block.own_pivots(n), rows.scales[0], rows.zeros[0], most)
+    return Solution(codes.astype(jnp.uint8), rows.scales[:0], rows.zeros[:0], errors, loss)
+
+
+def _in_blocks(w, feedback, block, rows, grid, fit, group, sizes) -> Solution:
+    """By smaller blocks, and at last one input at a time."""
+    n = w.shape[0]
     if not sizes:
         return _strip(w, feedback, block, rows, grid)
 
@@ -111,7 +145,7 @@ def with_grids(w, feedback, block: Block, scales, zeros, grid, sizes) -> Solutio
 def _earlier(block, errors, start, size):
     """Σ_{k < start} L_jk errors_k for `size` inputs from `start` on; later errors are still zero."""
     n, out = errors.shape
-    if n <= SHORT:
+    if n <= SHORT.get(jax.default_backend(), CHUNK):
         return jnp.dot(block.part(start, size, 0, n), errors, precision=HIGHEST)
 
     def product(i, sums):

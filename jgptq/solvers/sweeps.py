@@ -121,7 +121,7 @@ def _again(target, codes, scale, zero, own: GroupFactors, grid, sizes) -> _Choic
     known = losses(scale[None], zero[None])[0], scale, zero
     _, scale, zero = fits.refined(candidates, grid, *known)
     codes = with_grids(target, None, block, scale[None], zero[None], grid, sizes).codes
-    codes = one_by_one(target, codes, scale, zero, own.matrix, grid.max_code)
+    codes = one_by_one(target, codes, scale, zero, own.matrix, grid, sizes)
     fitted = grids.round_scales(refit(target, codes, scale, zero, own.matrix), grid.scale_dtype)
 
     def loss(scale):
@@ -132,21 +132,24 @@ def _again(target, codes, scale, zero, own: GroupFactors, grid, sizes) -> _Choic
 
 
 def one_by_one(
-    target: Float[Array, "group out"], codes: Array, scale: Array, zero: Array, matrix: Array, max_code: Array | int
+    target: Float[Array, "group out"],
+    codes: Array,
+    scale: Array,
+    zero: Array,
+    matrix: Array,
+    grid: Grid | Levels,
+    sizes: tuple[int, ...] = (),
 ) -> Array:
     """Each code in turn set to the best one with all others fixed: the minimum of (t - q)ᵀ H (t - q) along q_j is at
-    q_j + (H (t - q))_j / H_jj. [Behdin et al. 2023, QuantEase, algorithm 1]"""
+    q_j + (H (t - q))_j / H_jj. [Behdin et al. 2023, QuantEase, algorithm 1]
 
-    def visit(j, state):
-        codes, q, pulls = state
-        code = grids.encode(q[j] + pulls[j] / matrix[j, j], scale, zero, max_code)
-        q_j = grids.decode(code, scale, zero)
-        pulls -= matrix[:, j, None] * (q_j - q[j])[None]
-        return codes.at[j].set(code.astype(jnp.uint8)), q.at[j].set(q_j), pulls
-
+    What earlier codes moved by, e = q - q', takes H_jk e_k / H_jj from that: the recursion of `descend` from q on.
+    """
     q = grids.decode(codes.astype(target.dtype), scale[None], zero[None])
-    state = codes, q, jnp.dot(matrix, target - q, precision=HIGHEST)
-    return lax.fori_loop(0, target.shape[0], visit, state)[0]
+    diagonal = jnp.diagonal(matrix)
+    block = Block(matrix / diagonal[:, None], diagonal)
+    pulls = jnp.dot(block.lower, target - q, precision=HIGHEST)
+    return with_grids(q, pulls, block, scale[None], zero[None], grid, sizes).codes
 
 
 def refit(

@@ -1,7 +1,5 @@
 """Scales chosen with the solver in the loop, and sweeps, against their formulas in float64."""
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ from jgptq import grid as grids
 from jgptq import tensor
 from jgptq.hessian import factor
 from jgptq.solvers import fits, sweeps
-from jgptq.solvers.descent import with_grids
+from jgptq.solvers.descent import Block, with_grids
 
 
 def hessian_of(x) -> jgptq.Hessian:
@@ -30,13 +28,12 @@ def block():
 
 def group_of(block, grid, feedback):
     w, _, _, factored = block
-    columns = functools.partial(factored.columns)
+    own = Block(factored.lower, factored.pivots)
 
     def losses(scales, zeros):
-        return with_grids(w, feedback, columns, factored.pivots, scales, zeros, grid, (4,)).loss
+        return with_grids(w, feedback, own, scales, zeros, grid, (4,)).loss
 
-    upper = np.asarray(factored.columns(0, 16), np.float64)
-    moved = w + np.linalg.inv(upper).T @ feedback
+    moved = w + np.linalg.inv(np.asarray(factored.lower, np.float64)) @ feedback
     return fits.Group(lambda: jnp.asarray(moved, jnp.float32), factored.pivots, losses)
 
 
@@ -122,7 +119,9 @@ def test_codes_set_one_by_one_are_each_the_best_of_all(block):
     scale, zero = jnp.full(6, 0.25), jnp.full(6, 7.0)
     start = np.random.default_rng(2).integers(0, 16, w.shape).astype(np.uint8)
     found = np.asarray(
-        sweeps.one_by_one(jnp.asarray(w), jnp.asarray(start), scale, zero, jnp.asarray(h, jnp.float32), 15)
+        sweeps.one_by_one(
+            jnp.asarray(w), jnp.asarray(start), scale, zero, jnp.asarray(h, jnp.float32), jgptq.Grid(), (4,)
+        )
     )
     for o in range(w.shape[1]):
         codes = start[:, o].astype(np.float64)
@@ -162,9 +161,9 @@ def test_a_group_is_solved_towards_what_makes_up_for_all_others():
     h = reference.damped(np.asarray(hessian.mean(), np.float64), 0.01)
     errors = np.random.default_rng(0).normal(size=(32, 4))
     own = sweeps.group_factors(factored, 8)
-    rows = np.asarray(factored.rows(8, 8), np.float64)
-    products = np.asarray(factored.columns(0, 32), np.float64).T @ errors
-    pull = rows @ (np.asarray(factored.pivots)[:, None] * products)
+    lower = np.asarray(factored.lower, np.float64)
+    products = lower @ errors
+    pull = lower[:, 8:16].T @ (np.asarray(factored.pivots)[:, None] * products)
     move = np.asarray(own.inverse[1], np.float64) @ pull - errors[8:16]
     others = np.delete(np.arange(32), np.s_[8:16])
     np.testing.assert_allclose(move, np.linalg.solve(h[8:16, 8:16], h[8:16][:, others] @ errors[others]), atol=2e-4)
