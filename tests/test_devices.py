@@ -1,5 +1,6 @@
 """Several devices and several processes, in processes of their own; and what a run leaves as it was."""
 
+import functools
 import os
 import random
 import socket
@@ -19,6 +20,8 @@ from jgptq import tensor
 from jgptq.models.language_model import LanguageModel
 from jgptq.models.llama import ARCHITECTURE, LlamaConfig
 from jgptq.partition import Partition, auto
+from jgptq.quantize import _solve_matrix
+from jgptq.sharding import solve_by_outputs
 
 HERE = Path(__file__).parent / "devices"
 
@@ -137,6 +140,17 @@ class TestKernel:
         text = self.lowered(model.step, arranged, tokens, tokens, cache)
         assert text.count("mosaic_gpu_v2") == 4
         assert text.count("stablehlo.all_reduce") == 2  # of the attention's output and of down
+
+    def test_a_solve_gets_a_part(self):
+        """Each of eight devices solves 64 of 512 outputs by the solver's kernel."""
+        method, grid = jgptq.GPTQ(scale_search=None, sweeps=0), jgptq.Grid(bits=4, group_size=64)
+        w = jax.ShapeDtypeStruct((128, 512), jnp.float32)
+        shared = jax.eval_shape(lambda: method.prepare(jgptq.init_hessian(128), grid))
+        solve = functools.partial(solve_by_outputs, solve=_solve_matrix, grid=grid, method=method, mesh=auto(self.MESH))
+        text = self.lowered(solve, w, w, shared)
+        calls = [line for line in text.splitlines() if "mosaic_gpu_v2" in line]
+        assert calls
+        assert all("x64xf32>" in line and "x512xf32>" not in line for line in calls)
 
     def test_by_name_on_float32_it_refuses(self):
         prepacked = jax.eval_shape(jgptq.prepack, jgptq.shard(self.weight(), self.MESH))
