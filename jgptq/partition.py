@@ -156,7 +156,7 @@ def from_host(value: Any) -> Any:
     return jax.make_array_from_single_device_arrays(value.shape, value.sharding, shards)
 
 
-def dividing_axes(mesh: Mesh, size: int) -> tuple[str, ...]:
+def dividing_axes(mesh: Mesh | AbstractMesh, size: int) -> tuple[str, ...]:
     """The axes of the mesh with the most devices of which each gets an equal share of `size`.
 
     The last axis comes first, since it is mostly the one along which weights are divided already.

@@ -81,7 +81,7 @@ def solve_by_outputs(
     solve: Callable,
     grid: Grid,
     method: Method,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
 ) -> tuple[QuantizedTensor, Info, jax.Array]:
     """solve(w, target, *shared, grid, method) with an equal part of the outputs on each device, `shared` on all.
 

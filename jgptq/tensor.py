@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Integer
 
 from jgptq import grid as grids
 from jgptq import packing
-from jgptq.partition import Partition
+from jgptq.partition import Partition, auto
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,7 +209,7 @@ def static_from_bytes(data: bytes) -> tuple:
     if divided:
         names, sizes = zip(*divided[0], strict=True)
         mesh = jax.sharding.AbstractMesh(sizes, names)
-        partition = Partition(mesh=mesh, axis=divided[1], of=divided[2])
+        partition = Partition(mesh=auto(mesh), axis=divided[1], of=divided[2])
     return bits, group_size, jnp.dtype(dtype), layout, partition
 
 

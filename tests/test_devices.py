@@ -1,5 +1,6 @@
 """Several devices and several processes, in processes of their own; and what a run leaves as it was."""
 
+import functools
 import os
 import random
 import socket
@@ -16,6 +17,11 @@ from jax.sharding import PartitionSpec as P
 
 import jgptq
 from jgptq import tensor
+from jgptq.models.language_model import LanguageModel
+from jgptq.models.llama import ARCHITECTURE, LlamaConfig
+from jgptq.partition import Partition, auto
+from jgptq.quantize import _solve_matrix
+from jgptq.sharding import solve_by_outputs
 
 HERE = Path(__file__).parent / "devices"
 
@@ -101,6 +107,51 @@ class TestKernel:
         x, counts = jax.ShapeDtypeStruct((4, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((3,), jnp.int32)
         assert self.lowered(jgptq.grouped_matmul, x, prepacked, counts).count("mosaic_gpu_v2") > 0
 
+    def test_a_decoding_step_of_a_model(self):
+        """Layers and what is alike in them are lowered once: q, k and v; the attention's output; gate and up; down."""
+        config = LlamaConfig(
+            vocab_size=256,
+            hidden_size=512,
+            intermediate_size=1024,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        model = LanguageModel(architecture=ARCHITECTURE, config=config)
+
+        def made(path, leaf):
+            leaf = jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
+            packed = "proj" in jax.tree_util.keystr(path)
+            return (
+                jax.eval_shape(lambda w: jgptq.rtn(w, jgptq.Grid(bits=4, group_size=32))[0], leaf) if packed else leaf
+            )
+
+        params = jax.tree_util.tree_map_with_path(made, model.parameter_shapes)
+        arranged = jax.eval_shape(model.arranged, jgptq.shard(params, self.MESH))
+        assert arranged.prepacked
+        assert arranged.runs == ((1, 3),)
+        tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
+        _, cache = jax.eval_shape(
+            lambda params, tokens: model.prefill(params, tokens[:, None], tokens, 64), arranged, tokens
+        )
+        text = self.lowered(model.step, arranged, tokens, tokens, cache)
+        assert text.count("mosaic_gpu_v2") == 4
+        assert text.count("stablehlo.all_reduce") == 2  # of the attention's output and of down
+
+    def test_a_solve_gets_a_part(self):
+        """Each of eight devices solves 64 of 512 outputs by the solver's kernel."""
+        method, grid = jgptq.GPTQ(scale_search=None, sweeps=0), jgptq.Grid(bits=4, group_size=64)
+        w = jax.ShapeDtypeStruct((128, 512), jnp.float32)
+        shared = jax.eval_shape(lambda: method.prepare(jgptq.init_hessian(128), grid))
+        solve = functools.partial(solve_by_outputs, solve=_solve_matrix, grid=grid, method=method, mesh=auto(self.MESH))
+        text = self.lowered(solve, w, w, shared)
+        calls = [line for line in text.splitlines() if "mosaic_gpu_v2" in line]
+        assert calls
+        assert all("x64xf32>" in line and "x512xf32>" not in line for line in calls)
+
     def test_by_name_on_float32_it_refuses(self):
         prepacked = jax.eval_shape(jgptq.prepack, jgptq.shard(self.weight(), self.MESH))
         with pytest.raises(ValueError, match="cannot serve this product: x is float32"):
@@ -109,6 +160,13 @@ class TestKernel:
                 jax.ShapeDtypeStruct((4, 1024), jnp.float32),
                 prepacked,
             )
+
+
+def test_exported_programs_know_the_partition():
+    partition = Partition(mesh=auto(AbstractMesh((2, 4), ("data", "model"))), axis="model", of="inputs")
+    for one in (partition, None):
+        static = (4, 128, jnp.dtype("bfloat16"), tensor.Layout.dense(1024, 512), one)
+        assert tensor.static_from_bytes(tensor.static_to_bytes(static)) == static
 
 
 def test_an_axis_that_is_none():
