@@ -168,9 +168,9 @@ def _prepare(hessian, group_length, damp, act_order, block_size):
     plan = _plan(hessian.in_features, group_length, block_size)
     diagonal = jnp.diagonal(hessian.total)
     inputs, groups = _order(diagonal, plan, act_order)
-    # NaN counts as larger than any number. The Booleans of isfinite would take a quarter of a Hessian; a product with
-    # zeros, all of one: XLA makes them once for it and for the factor to begin with, which then gets a copy.
-    dead, finite = jnp.sum(diagonal <= 0), jnp.isfinite(jnp.max(jnp.abs(hessian.total)))
+    # A sum does not lose NaN or infinity, and small numbers do not sum to infinity. The Booleans of isfinite would take
+    # a quarter of a Hessian; a product with zeros, all of one, since XLA shares the zeros that the factor starts from.
+    dead, finite = jnp.sum(diagonal <= 0), jnp.isfinite(jnp.sum(hessian.total * 1e-30))
     factored = factor(hessian, damp, inputs)
     inverses = group_inverses(factored.lower, plan.group) if plan.group < inputs.shape[0] else None
     return Prepared(inputs, groups, factored, inverses, hessian.diagonal, hessian.tokens, dead, finite)
