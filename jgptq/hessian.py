@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jgptq.panels import panel_size
+
 HIGHEST = lax.Precision.HIGHEST
 
 
@@ -90,6 +92,8 @@ def _update(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
     if rows.dtype not in (jnp.bfloat16, jnp.float16):
         rows = rows.astype(jnp.float32)
     n, total = rows.shape[1], hessian.total
+    if n > WIDE and panel_size(n) < n:
+        return Hessian(_add_blocks(total, rows), hessian.tokens + rows.shape[0])
     size = n // next(count for count in range(8, 0, -1) if n % count == 0 and (n >= 128 * count or count == 1))
     for start in range(0, n, size):
         # Some rows of the lower triangle at a time: all at once would take a second matrix.
@@ -104,6 +108,35 @@ def _update(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
         )
         total = total.at[here, upto].add(gram).at[before, here].add(gram[:, before].T)
     return Hessian(total, hessian.tokens + rows.shape[0])
+
+
+# Inputs above which sums go block by block: of slabs in one program XLA has all waiting to be added, half a matrix.
+WIDE = 8192
+
+
+def _add_blocks(total: Float[Array, "in in"], rows: Float[Array, "tokens in"]) -> Float[Array, "in in"]:
+    """total + the sum over tokens of x xᵀ, by blocks of the lower triangle, of which the upper is the mirror image."""
+    size = panel_size(rows.shape[1])
+
+    def columns(i):
+        return lax.dynamic_slice_in_dim(rows, i * size, size, axis=1)
+
+    def block_row(i, total):
+        def block(j, total):
+            gram = lax.dot_general(
+                columns(i),
+                columns(j),
+                (((0,), (0,)), ((), ())),
+                precision=HIGHEST,
+                preferred_element_type=jnp.float32,
+            )
+            added = lax.dynamic_slice(total, (i * size, j * size), (size, size)) + gram
+            total = lax.dynamic_update_slice(total, added.T, (j * size, i * size))
+            return lax.dynamic_update_slice(total, added, (i * size, j * size))
+
+        return lax.fori_loop(0, i + 1, block, total)
+
+    return lax.fori_loop(0, rows.shape[1] // size, block_row, total)
 
 
 def merge_hessians(a: Hessian, b: Hessian) -> Hessian:
