@@ -158,12 +158,12 @@ def print_summary(results: dict) -> None:
                 )
 
 
-def command(arguments: list[str]) -> str:
+def command(arguments: list[str], script: str) -> str:
     """What reproduces the figures: where they were written, and where texts and models lay, is left out."""
     if "--output" in arguments:
         place = arguments.index("--output")
         arguments = arguments[:place] + arguments[place + 2 :]
-    return " ".join(["python", "benchmarks/accuracy.py", *(Path(part).name or part for part in arguments)])
+    return " ".join(["python", f"benchmarks/{script}", *(Path(part).name or part for part in arguments)])
 
 
 def main() -> None:
@@ -201,7 +201,7 @@ def main() -> None:
         if (row["bits"], row["group_size"], row["grid"], row["recipe"]) not in same
     ]
     results[key] = {
-        "command": command(sys.argv[1:]),
+        "command": command(sys.argv[1:], "accuracy.py"),
         "device": f"{platform.machine()} {jax.default_backend().upper()}, {os.cpu_count()} cores",
         "versions": {
             "python": platform.python_version(),

@@ -115,7 +115,7 @@ def main() -> None:
                 flush=True,
             )
     result = {
-        "command": command(sys.argv[1:]).replace("accuracy.py", "layers.py"),
+        "command": command(sys.argv[1:], "layers.py"),
         "device": f"{platform.machine()} {jax.default_backend().upper()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "jgptq": jgptq.__version__},
         "weights": {name: len(weights) for name, weights in sources.items()},

@@ -162,6 +162,8 @@ def main() -> None:
         args.output.write_text(json.dumps(result))
         return
 
+    from accuracy import command  # it needs jgptq, which gptqmodel's side may not have
+
     sides = list(args.sides)
     if "gptqmodel" in sides and not can_import(args.gptqmodel_python, "gptqmodel"):
         print(f"{args.gptqmodel_python} has no gptqmodel; see --gptqmodel-python", file=sys.stderr)
@@ -175,7 +177,7 @@ def main() -> None:
             for side in sides
         }
     record = {
-        "command": " ".join(["python", "benchmarks/quantize.py", *sys.argv[1:]]),
+        "command": command(sys.argv[1:], "quantize.py"),
         "device": f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores",
         "python": platform.python_version(),
         "model": LLAMA | {"num_hidden_layers": args.layers},

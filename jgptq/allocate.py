@@ -86,6 +86,8 @@ def allocate(
         if not parts:
             continue
         hessian, _ = executor.moments(step)
+        if hessian.total.ndim == 3:
+            hessian, _ = share(hessian)
         for part in parts:
             site, (_, of) = sites[part.leaf], plan[part.leaf]
             relative, output = _errors(executor, site, part, hessian, grids, choices[part.leaf], of)
@@ -254,7 +256,7 @@ def _relative_error(w: jax.Array, hessian: Any, grid: Grid, method: Method) -> t
     if w.ndim == 2:
         info = method.solve(w, hessian, grid)[1]
     else:
-        matrices = w.reshape(-1, *w.shape[-2:]), share(hessian)
+        matrices = w.reshape(-1, *w.shape[-2:]), hessian
         info = jax.lax.map(lambda each: method.solve(*each, grid)[1], matrices)
     tiny = jnp.finfo(jnp.float32).tiny
     part = info.tokens / jnp.maximum(jnp.sum(info.tokens), 1)

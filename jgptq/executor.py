@@ -163,11 +163,11 @@ class Executor:
         """A part as it was given."""
         return self._given(*part_key(part))
 
-    def read_ahead(self, step: Step) -> None:
-        """Begins to read the lazy leaves that advancing to a step and solving it will ask for."""
+    def read_ahead(self, step: Step, parts: Iterable[Part]) -> None:
+        """Begins to read the lazy leaves that advancing to a step and solving these of its parts will ask for."""
         if self._reader is None:
             return
-        wanted = {part_key(part) for part in step.parts}
+        wanted = set(map(part_key, parts))
         for stream, own in zip(self._streams, self._steps[id(step)], strict=True):
             wanted |= stream.parts_before(own.start)
         self._reader.start(

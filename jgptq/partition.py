@@ -51,9 +51,10 @@ def common_mesh(*trees: Any) -> Mesh | None:
         if (mesh := _mesh(leaf)) is not None:
             found[mesh] = None
     meshes = list(found)
-    if any(set(mesh.devices.flat) != set(meshes[0].devices.flat) for mesh in meshes):
+    if any(tuple(mesh.devices.flat) != tuple(meshes[0].devices.flat) for mesh in meshes):
         raise ValueError(
-            f"params and batches lie on several meshes ({', '.join(map(str, meshes))}); put all of them on one"
+            f"params and batches lie on several meshes ({', '.join(map(str, meshes))}), of other devices or with these "
+            "in another order; put all of them on one"
         )
     # Parameters may have a mesh of fewer axes over the same devices; the first one found, which has the most, decides.
     return max(meshes, key=lambda mesh: len(mesh.axis_names), default=None)

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import fnmatch
 import functools
+import itertools
 import math
 import time
 import warnings
@@ -198,12 +199,19 @@ def _quantize(
     folds = _folds(executor, steps, sites, plan)
     rows: list[Row] = []
     packed: dict[int, dict[Index, QuantizedTensor]] = defaultdict(dict)
+
+    def is_done(part: Part) -> bool:
+        return finished is not None and names[part_key(part)] in finished
+
     for number, step in enumerate(steps):
-        done = [part for part in step.parts if finished is not None and names[part_key(part)] in finished]
+        done = [part for part in step.parts if is_done(part)]
         todo = [part for part in step.parts if part not in done]
         own = _own_settings(step, plan, several, number in folds)
         if todo or correct_biases:
             hessian, drift = executor.moments(step)
+            tokens = hessian.tokens
+            if hessian.total.ndim == 3:
+                hessian, drift = share(hessian, drift)
             with phases("targets"):
                 targets = phases.wait(_all_targets(executor, step, todo, hessian, drift, plan))
             known = {own[part.leaf][1]: finished[names[part_key(part)]][0].input_scales for part in done}
@@ -224,8 +232,10 @@ def _quantize(
             else:
                 prepared, own_scales = shared[part.leaf], scales.get(own[part.leaf][1])
                 with phases("solve"):
-                    solved = _solve_part(executor, part, targets.pop(key, None), prepared, own_scales, *own[part.leaf])
-                    weight, outcomes[key] = phases.wait(solved)
+                    target = targets.pop(key, None)
+                    weight, *outcome = _solve_part(executor, part, target, prepared, own_scales, *own[part.leaf])
+                    weight, outcomes[key] = phases.wait((weight, Outcome(*outcome, tokens)))
+                target = outcome = None
                 weight = executor.as_given(part, weight)
             weights[key] = weight
             with phases("pack"):
@@ -233,9 +243,9 @@ def _quantize(
             if getattr(plan[part.leaf][1], "bias_correction", False):
                 executor.correct_bias(step, part, values)
             executor.replace(part, values)
-        shared = weight = values = solved = None  # before the next step makes its own
+        shared = prepared = scales = own_scales = weight = values = None  # before the next step makes its own
         for following in steps[number + 1 : number + 2]:
-            executor.read_ahead(following)
+            executor.read_ahead(following, itertools.filterfalse(is_done, following.parts))
         # The one place in a step where the host waits for the device.
         outcomes = jax.device_get(outcomes)
         seconds = (time.perf_counter() - clock) / max(1, sum(math.prod(part.layout.shape) for part in todo))
@@ -406,7 +416,7 @@ def _input_scales(
             found[method] = method.scales(weights, hessian, grids)
         else:
             matrices = [w.reshape(-1, *w.shape[-2:]) for w in weights]
-            found[method] = _scales_of_batch(matrices, share(hessian), grids, method)
+            found[method] = _scales_of_batch(matrices, hessian, grids, method)
     return found
 
 
@@ -486,8 +496,6 @@ def _all_targets(
     if drift is None:
         return found
     wanted: dict[Any, Targets | None] = {part_key(part): getattr(plan[part.leaf][1], "targets", None) for part in todo}
-    if hessian.total.ndim == 3:
-        hessian, drift = share(hessian), drift._replace(inputs=_share_sums(hessian, drift.inputs))
     ridges = {targets.ridge for targets in wanted.values() if targets}
     # `corrections` takes the drift's memory; rarely do rules ask for several, each of which then gets its own.
     drifts = [drift] + [jax.tree.map(jnp.copy, drift) for _ in range(len(ridges) - 1)]
@@ -505,21 +513,24 @@ def _all_targets(
 
 def _solve_part(
     executor: Executor, part: Part, target: Any, shared: Any, scales: Any, grid: Grid, method: Method
-) -> tuple[QuantizedTensor, "Outcome"]:
-    """target: what to solve towards; None: the weight itself. shared: of `_prepared`. scales: of `_input_scales`."""
+) -> tuple[QuantizedTensor, Info, jax.Array]:
+    """The weight, what its solve says of itself, and the error of rounding to nearest.
+
+    target: what to solve towards; None: the weight itself. shared: of `_prepared`. scales: of `_input_scales`.
+    """
     w = part.layout.to_matrix(executor.leaf(part.leaf, part.index))
     target = w if target is None else target
     if w.ndim == 2:
         solve, operands = _solve_matrix, (w, target, shared)
     else:
         matrices = (matrix.reshape(-1, *w.shape[-2:]) for matrix in (w, target))
-        solve, operands = _solve_batch, (*matrices, share(shared), scales)
+        solve, operands = _solve_batch, (*matrices, shared, scales)
     if executor.mesh is None or not getattr(method, "separable", False):
         weight, info, error = solve(*operands, grid, method)
     else:
         weight, info, error = solve_by_outputs(*operands, solve=solve, grid=grid, method=method, mesh=executor.mesh)
     weight = jax.tree.map(lambda array: array.reshape(*w.shape[:-2], *array.shape[w.ndim > 2 :]), weight)
-    return dataclasses.replace(weight, layout=part.layout, dtype=w.dtype), Outcome(info, error, shared.tokens)
+    return dataclasses.replace(weight, layout=part.layout, dtype=w.dtype), info, error
 
 
 class Outcome(NamedTuple):
@@ -551,20 +562,18 @@ def _solve_batch(
     return jax.lax.map(solve, (w, target, hessian, scales))
 
 
-@jax.jit
-def share(hessian: Hessian) -> Hessian:
-    """A matrix that saw fewer tokens than it has inputs gets the Hessian of all."""
-    tokens = jnp.where(_starved(hessian), jnp.sum(hessian.tokens), hessian.tokens)
-    return Hessian(_share_sums(hessian, hessian.total), tokens)
+def share(hessian: Hessian, drift: Drift | None = None) -> tuple[Hessian, Drift | None]:
+    """A matrix that saw fewer tokens than it has inputs gets the sums of all, in the place of those given."""
+    sums = (hessian.total, None if drift is None else drift.inputs)
+    tokens, (total, inputs) = _share(hessian.tokens, sums)
+    return Hessian(total, tokens), drift and drift._replace(inputs=inputs)
 
 
-@jax.jit
-def _share_sums(hessian: Hessian, sums: jax.Array) -> jax.Array:
-    return jnp.where(_starved(hessian)[:, None, None], jnp.sum(sums, axis=0), sums)
-
-
-def _starved(hessian: Hessian) -> jax.Array:
-    return hessian.tokens < hessian.in_features
+@functools.partial(jax.jit, donate_argnums=1)
+def _share(tokens: jax.Array, sums: Any) -> tuple[jax.Array, Any]:
+    starved = tokens < jax.tree.leaves(sums)[0].shape[-1]
+    sums = jax.tree.map(lambda each: jnp.where(starved[:, None, None], jnp.sum(each, axis=0), each), sums)
+    return jnp.where(starved, jnp.sum(tokens), tokens), sums
 
 
 def _rtn_error(w: jax.Array, target: jax.Array, shared: Any, info: Info, grid: Grid) -> jax.Array:

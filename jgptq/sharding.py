@@ -40,6 +40,8 @@ def shard(params: Any, mesh: Mesh | AbstractMesh, *, axis: str = "model", by_inp
     """
     if axis not in mesh.axis_names:
         raise ValueError(f"axis={axis!r}; the mesh has the axes {tuple(mesh.axis_names)}")
+    if isinstance(by_inputs, str):
+        raise TypeError(f"by_inputs={by_inputs!r}; give a sequence of globs on paths, such as [{by_inputs!r}]")
     mesh = auto(mesh)
     leaves = [
         _packed(leaf, mesh, axis, any(fnmatch.fnmatchcase(path, glob) for glob in by_inputs))

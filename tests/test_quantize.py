@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import warnings
 
@@ -543,3 +544,31 @@ def test_replaced_weights_are_dropped_after_their_last_use():
 def test_mappings_of_the_wrong_kind_of_module_arguments_are_refused():
     with pytest.raises(TypeError, match=r"takes \(f, params, batches\), or \(module, batches\)"):
         quantize(network, random_params(1))
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_a_steps_hessian_and_factor_are_gone_when_the_next_begins(experts, monkeypatch):
+    random = np.random.default_rng(1)
+    shapes = {"up": (20, 24), "down": (24, 12)}
+    params = {name: jnp.asarray(random.normal(size=(experts, *s) if experts else s)) for name, s in shapes.items()}
+    product = "etd,edf->etf" if experts else "td,df->tf"
+
+    def f(params, x):
+        return jnp.einsum(product, jax.nn.relu(jnp.einsum(product, x, params["up"])), params["down"])
+
+    def square_arrays():
+        return sum(array.ndim > 1 and array.shape[-1] == array.shape[-2] for array in jax.live_arrays())
+
+    alive = []
+    advance = Executor.advance
+
+    def counted(self, step):
+        alive.append(square_arrays())
+        return advance(self, step)
+
+    gc.collect()
+    before = square_arrays()
+    monkeypatch.setattr(Executor, "advance", counted)
+    x = jnp.asarray(random.normal(size=(experts, 64, 20) if experts else (64, 20)))
+    jgptq.quantize(f, params, [x], grid=Grid(bits=4, group_size=8))
+    assert alive == [before, before]

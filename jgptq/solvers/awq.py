@@ -32,7 +32,8 @@ class AWQ:
     solver: what quantizes the scaled weight; GPTQ() composes. points: of the grid of exponents.
     judge: a Method value by whose output error exponents are judged; None: by that of rounding, as in the paper.
     input_scales: whether weights keep their scales (`QuantizedTensor.input_scales`) where these cannot go into what the
-        inputs are computed from. False: such weights are not scaled, and a note says so; checkpoint formats other than
+        inputs are computed from. False: such weights are not scaled, and have the solver's name in the report, with a
+        note where that is RTN, which is then all that was done to them; checkpoint formats other than
         Orbax's have no place for the scales.
     """
 
