@@ -39,7 +39,7 @@ from jgptq.finetune import tune
 from jgptq.generate import TextStream, generate
 from jgptq.grid import BITS, Grid
 from jgptq.perplexity import compare, count_scored, next_token_loss, perplexity
-from jgptq.program_cache import default_directory, keeping_programs
+from jgptq.program_cache import default_directory, keeping_no_programs, keeping_programs
 from jgptq.quantize import Options, Row, Rule, quantize
 from jgptq.report import (
     estimate_lines,
@@ -65,7 +65,7 @@ CHAT_TEMPLATE = "put conversations, and texts as the user's message, into the mo
 
 CACHE = (
     "keep compiled programs here for the next run; none: nowhere (default: JAX_COMPILATION_CACHE_DIR, else "
-    "jgptq/programs where the platform keeps caches)"
+    "jgptq/programs where the platform keeps caches); it has no size limit"
 )
 
 LEFT_IN_FLOAT = ("lm_head.kernel", "embed_out.kernel", "*.gate.kernel")
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _show_warning
-            with keeping_programs(_programs_directory(options, own_process=arguments is None)):
+            with _keeping_programs(options, own_process=arguments is None):
                 options.command(options)
             sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has left, as head does
@@ -107,12 +107,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _programs_directory(options: argparse.Namespace, *, own_process: bool) -> Path | None:
-    """Where compiled programs are kept: asked for, or in a process of our own. None: as JAX is configured."""
-    given = getattr(options, "cache_dir", "none")
+def _keeping_programs(options: argparse.Namespace, *, own_process: bool) -> contextlib.AbstractContextManager[None]:
+    """Inside, compiled programs are kept where asked, or, in a process of our own, where the platform keeps such."""
+    given = getattr(options, "cache_dir", None)
+    if given == "":
+        raise ValueError("--cache-dir is empty; give a directory, or none")
+    if given == "none":
+        return keeping_no_programs()
     if given is not None:
-        return None if given == "none" else Path(given)
-    return default_directory() if own_process and not getattr(options, "dry_run", False) else None
+        return keeping_programs(Path(given))
+    by_default = own_process and hasattr(options, "cache_dir") and not getattr(options, "dry_run", False)
+    return keeping_programs(default_directory() if by_default else None)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
@@ -317,11 +322,12 @@ def _quantize(options: argparse.Namespace) -> None:
     group_size = 128 if options.group_size is None else options.group_size
     grid = _grid(4 if options.bits is None else options.bits, group_size, options.symmetric, "--group-size")
     rules = [_rule(rule, options.symmetric) for rule in options.rules or ()]
+    if options.dry_run:
+        _check_dry_run(options)
     model, params = load(options.model, lazy=True)
     rules += _left_in_float(model)
     if options.dry_run:
-        if options.average_bits is not None:
-            raise ValueError("--dry-run cannot know what --average-bits would choose; give --bits")
+        documents.locate(options.calibration)
         _check_holds(options.format, model, grid, rules)
         _print_estimate(options, model, params, grid, rules)
         return
@@ -382,6 +388,17 @@ def _quantize(options: argparse.Namespace) -> None:
     if options.tune:
         print(f"tuning: KL to the float model {tuning.before:.4f} -> {tuning.after:.4f} on calibration text kept back")
     print(f"{options.out}: {nbytes(params):,} bytes -> {nbytes(packed):,} bytes")
+
+
+def _check_dry_run(options: argparse.Namespace) -> None:
+    """Refuses what a run without values can say nothing about."""
+    if options.average_bits is not None:
+        raise ValueError("--dry-run cannot know what --average-bits would choose; give --bits")
+    if options.tune:
+        raise ValueError("--dry-run does not know what --tune takes; leave one of them out")
+    for option, given in (("--profile", options.profile), ("--trace", options.trace)):
+        if given:
+            raise ValueError(f"--dry-run runs nothing that {option} could measure; leave one of them out")
 
 
 def _print_estimate(options: argparse.Namespace, model: Any, params: Any, grid: Grid, rules: Sequence[Rule]) -> None:

@@ -9,6 +9,7 @@ compiling and writing come on top.
 import dataclasses
 import functools
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.executor import part_key
-from jgptq.grid import Grid
+from jgptq.executor import checked_batches, is_lazy, part_key
+from jgptq.grid import SHRINKS, Grid
 from jgptq.panels import PANEL
-from jgptq.quantize import Rule, checked_rules, chosen_sites, completed, settings_of
-from jgptq.solvers import Method
+from jgptq.quantize import Rule, check_offload, checked_rules, chosen_sites, completed, settings_of
+from jgptq.solvers import AWQ, OBQ, RTN, Method
+from jgptq.solvers.method import TILE, outputs_at_once
 from jgptq.tensor import QuantizedTensor, from_codes
 from jgptq.tracing.costs import elements, flops, last_reads, parts_read, waiting_bytes, working_bytes
 from jgptq.tracing.graph import Graph, Part, Site, Step, as_abstract, leaf_paths, trace
@@ -80,14 +82,15 @@ def estimate(
     lazy: bool | None = None,
     kept: bool = True,
 ) -> Estimate:
-    """What `quantize` with the same arguments will take; nothing is read, and only one small product computed.
+    """What `quantize` with the same arguments will take on one device; nothing is read, and one small product computed.
 
     params, batches: as for `quantize`, or jax.ShapeDtypeStructs in place of arrays. Batches of one shape are one
     trace, however many. A Flax NNX module takes the place of f and params.
-    lazy: whether parameters are read when needed; None: as the leaves of params are, shapes counting as lazy.
+    lazy: whether parameters are read when needed; None: each leaf of params as it is, shapes counting as lazy.
     kept: whether `quantize` keeps packed weights in memory, as it does without `finished=`.
     """
     grid, method = settings_of(Grid() if grid is None else grid, method, quality)
+    check_offload(offload)
     rules = [(pattern, completed(options, grid, method, quality)) for pattern, options in checked_rules(rules or ())]
     shapes, counts = _counted(batches)
     graphs = [trace(f, params, *batch) for batch in shapes]
@@ -95,10 +98,9 @@ def estimate(
     plan = chosen_sites(sites, grid, method, rules)
     chosen = {site.leaf: site for site in sites if site.leaf in plan}
     leaves = [leaf for _, leaf in leaf_paths(params)]
-    if lazy is None:
-        lazy = not any(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+    read_late = [is_lazy(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) if lazy is None else lazy for leaf in leaves]
     packed = {(leaf, part.index): _packed_bytes(part, plan[leaf][0]) for leaf in chosen for part in chosen[leaf].parts}
-    model = _Memory(graphs, counts, leaves, packed, plan, lazy=lazy, kept=kept, on_host=offload == "host")
+    model = _Memory(graphs, counts, leaves, packed, plan, lazy=read_late, kept=kept, on_host=offload == "host")
     steps = [list(step) for step in zip(*(graph.steps(plan) for graph in graphs), strict=True)]
     peak, at, work = {}, "", {"advance": 0.0, "hessian": 0.0, "targets": 0.0, "solve": 0.0}
     for number, own in enumerate(steps):
@@ -143,20 +145,17 @@ def matmul_rate(size: int = 1024, repeats: int = 3) -> float:
 def _counted(batches: Iterable[Any]) -> tuple[list[tuple], list[int]]:
     """The shapes of batches that differ in them, and how many there are of each."""
     counts: dict[Any, int] = {}
-    for batch in batches:
-        leaves, tree = jax.tree.flatten(batch if isinstance(batch, tuple) else (batch,))
+    for batch in checked_batches(batches, shapes=True):
+        leaves, tree = jax.tree.flatten(batch)
         key = tree, tuple((np.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in leaves)
         counts[key] = counts.get(key, 0) + 1
-    if not counts:
-        raise ValueError("no calibration data: batches is empty; give at least one batch of the function's inputs")
     return [
         jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves]) for tree, leaves in counts
     ], list(counts.values())
 
 
 def _nbytes(leaf: Any) -> int:
-    leaf = as_abstract(leaf)
-    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize if hasattr(leaf, "dtype") else 0
+    return math.prod(np.shape(as_abstract(leaf))) * _itemsize(leaf)
 
 
 def _packed_bytes(part: Part, grid: Grid) -> int:
@@ -192,14 +191,14 @@ def _follows(method: Any) -> bool:
 class _Memory:
     """Bytes that `quantize` holds, by what they are, at the moments of a step that take most."""
 
-    def __init__(self, graphs, counts, leaves, packed, plan, *, lazy: bool, kept: bool, on_host: bool):
+    def __init__(self, graphs, counts, leaves, packed, plan, *, lazy: list[bool], kept: bool, on_host: bool):
         self.graphs, self.counts, self.packed = graphs, counts, packed
         self.lazy, self.kept = lazy, kept
         # Where the device is a CPU, the host's memory is its own.
         self.elsewhere = on_host and jax.default_backend() != "cpu"
         self.sizes = [_itemsize(leaf) for leaf in leaves]
         self.models = 2 if any(_follows(method) for _, method in plan.values()) else 1
-        self.whole = 0 if lazy else sum(_nbytes(leaf) for leaf in leaves)
+        self.whole = sum(_nbytes(leaf) for leaf, late in zip(leaves, lazy, strict=True) if not late)
         self.last_reads = [last_reads(graph) for graph in graphs]
 
     def moments(self, steps: list[list[Step]], number: int) -> list[dict[str, int]]:
@@ -243,7 +242,11 @@ class _Memory:
             key for key in keys if any(last.get(key, -1) >= at for last, at in zip(self.last_reads, start, strict=True))
         ]
         size = sum(self._part_bytes(key) for key in needed)
-        return {"quantized values": size, "float values": size if self.models == 2 and self.lazy else 0}
+        return {"quantized values": size, "float values": self._late_bytes(needed) if self.models == 2 else 0}
+
+    def _late_bytes(self, keys: Iterable[tuple[int, tuple]]) -> int:
+        """Of those that are read when needed."""
+        return sum(self._part_bytes(key) for key in keys if self.lazy[key[0]])
 
     def _part_bytes(self, key: tuple[int, tuple]) -> int:
         leaf, index = key
@@ -257,9 +260,8 @@ class _Memory:
             one = max(waiting_bytes(graph, start), waiting_bytes(graph, stop))
             waiting += (1 if self.elsewhere else count) * one
             working = max(working, working_bytes(graph, start, stop))
-            if self.lazy:
-                read = max(read, sum(map(self._part_bytes, parts_read(graph, start, stop))))
-        known = sum(self._part_bytes(part_key(part)) for part in before[0].parts) if before else 0
+            read = max(read, self._late_bytes(parts_read(graph, start, stop)))
+        known = self._late_bytes(map(part_key, before[0].parts)) if before else 0
         return {"activations": self.models * waiting, "one batch": working, "weights": max(0, read - known)}
 
     def _waiting(self, own: list[Step]) -> int:
@@ -277,27 +279,35 @@ class _Memory:
 
     def _solving(self, step: Step, moved: bool) -> dict[str, int]:
         weights = [4 * math.prod(part.layout.shape) for part in step.parts]
-        own = sum(self._part_bytes(part_key(part)) for part in step.parts)
-        copies = SOLVE_COPIES if jax.default_backend() == "cpu" else SOLVE_COPIES_ELSEWHERE
+        keys = list(map(part_key, step.parts))
+        copies = [_solve_copies(part.layout.out_features) for part in step.parts]
         return {
             "targets": sum(weights) if moved else 0,
-            "weights": own if self.lazy else 0,
-            "one solve": int(copies * max(weights)),
-            "quantized values of the step": own,
+            "weights": self._late_bytes(keys),
+            "one solve": int(max(map(operator.mul, copies, weights))),
+            "quantized values of the step": sum(map(self._part_bytes, keys)),
         }
 
     def _ahead(self, steps: list[list[Step]], number: int) -> int:
-        if not self.lazy or number + 1 == len(steps):
+        """Of the next step's weights, which wait in the host's memory: that of the device only if it is a CPU."""
+        if jax.default_backend() != "cpu" or number + 1 == len(steps):
             return 0
-        return sum(self._part_bytes(part_key(part)) for part in steps[number + 1][0].parts)
+        return self._late_bytes(map(part_key, steps[number + 1][0].parts))
 
 
-# What one solve takes at most, in float32 copies of its weight: outputs go 256 at a time on a CPU, else all at once.
-SOLVE_COPIES, SOLVE_COPIES_ELSEWHERE = 1.5, 5.0
+# What one solve takes at most, in float32 copies of its weight: where outputs go up to 256 at a time, and all at once.
+SOLVE_COPIES, SOLVE_COPIES_AT_ONCE = 1.5, 5.0
+
+
+def _solve_copies(out_features: int) -> float:
+    in_tiles = jax.default_backend() == "cpu" and outputs_at_once(out_features) <= TILE
+    return SOLVE_COPIES if in_tiles else SOLVE_COPIES_AT_ONCE
 
 
 def _itemsize(leaf: Any) -> int:
-    return jnp.dtype(leaf.dtype).itemsize if hasattr(leaf, "dtype") else 0
+    """Of a number; keys of random numbers count as nothing."""
+    dtype = getattr(as_abstract(leaf), "dtype", None)
+    return dtype.itemsize if isinstance(dtype, np.dtype) else 0
 
 
 def _sizes(part: Part) -> tuple[int, int, int]:
@@ -326,27 +336,53 @@ def _work(graphs: list[Graph], counts: list[int], steps: list[list[Step]], numbe
     if follows and number:
         outputs = sum(part.layout.out_features for part in step.parts)
         work["targets"] = batch * (n**3 / 3 + 2 * square * n + 2 * square * outputs)
-    work["solve"] = batch * n**3 / 3
-    for part in step.parts:
-        grid, method = plan[part.leaf]
-        work["solve"] += _solve_work(part, grid, method, batch)
+    settings = [(plan[part.leaf], part.layout.out_features) for part in step.parts]
+    # Weights of one step share what is prepared of their Hessian.
+    work["solve"] = batch * sum(_prepare_work(method, n) for _, method in {own for own, _ in settings})
+    work["solve"] += batch * sum(_solve_work(n, outputs, grid, method) for (grid, method), outputs in settings)
     return work
 
 
-def _solve_work(part: Part, grid: Grid, method: Any, batch: int) -> float:
-    """The feedback of earlier inputs and two output energies; the loop over columns; and each group's other solves.
+def _prepare_work(method: Any, n: int) -> float:
+    """The Hessian's factor, for AWQ one for each scaling that is judged by a solve as well."""
+    if isinstance(method, AWQ):
+        return _prepare_work(method.solver, n) + method.points * _prepare_work(method.judge, n)
+    return n**3 / 3 if hasattr(method, "prepare") else 0.0
 
+
+def _solve_work(n: int, outputs: int, grid: Grid, method: Any) -> float:
+    """Of a weight (n, outputs), what is prepared at hand; AWQ's as if its scales could go somewhere.
+
+    GPTQ: the feedback of earlier inputs and two output energies; the loop over columns; and each group's other solves.
     Of these there are CANDIDATES where scales are chosen in the loop, and half as many in a sweep over the groups; it
     also takes two products of each group with all others.
     """
-    n, outputs = part.layout.in_features, part.layout.out_features
-    sweeps, search = getattr(method, "sweeps", 0), getattr(method, "scale_search", None)
+    search = getattr(method, "scale_search", None)
+    if isinstance(method, AWQ):
+        own = _solve_work(n, outputs, grid, method.solver)
+        if method.judge is not None:
+            return own + method.points * _solve_work(n, outputs, grid, method.judge)
+        searched = getattr(method.solver, "scale_search", None) is not None
+        return own + method.points * outputs * n * (n + _rounding_work(searched))
+    if isinstance(method, RTN):
+        return outputs * n * (2 * n + _rounding_work(search is not None))
+    if isinstance(method, OBQ):
+        return GREEDY * outputs * n**3
+    sweeps = getattr(method, "sweeps", 0)
     solves = (CANDIDATES if search == "in_loop" else 0) + sweeps * CANDIDATES / 2
     loop = COLUMN_LOOP + SEARCH * solves * grid.group_length(n)
-    return batch * outputs * n * (3 * n + 4 * n * sweeps + loop)
+    return outputs * n * (3 * n + 4 * n * sweeps + loop)
+
+
+def _rounding_work(searched: bool) -> float:
+    """Of rounding a weight to nearest: a number's part in it."""
+    return ELEMENT * (ROUNDING + (len(SHRINKS) if searched else 0))
 
 
 # What goes element by element, in as many operations of a product as take its time, on 2 cores of a Xeon whose products
 # make 240 GFLOP/s: a result of an elementwise equation, a weight in the solver's loop over columns, and one in a
 # candidate's solve of a group, for each input of the group.
-ELEMENT, COLUMN_LOOP, SEARCH, CANDIDATES = 200, 15_000, 14, 16
+ELEMENT, COLUMN_LOOP, SEARCH, CANDIDATES = 200.0, 15_000.0, 14, 16
+# Elementwise equations of rounding to nearest, and OBQ's operations for each element of the inverse it changes; both at
+# 140 GFLOP/s.
+ROUNDING, GREEDY = 10, 60.0

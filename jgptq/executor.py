@@ -146,7 +146,7 @@ class Executor:
 
     def _given(self, number: int, index: Index) -> jax.Array:
         leaf = self._leaves[number]
-        if _is_lazy(leaf):
+        if is_lazy(leaf):
             with self._phases("load"):
                 read = functools.partial(_part_of, leaf, index)
                 values = self._reader.take((number, index), read) if self._reader else read()
@@ -177,7 +177,7 @@ class Executor:
     def _unread(self, wanted: Iterable[Key]) -> list[Key]:
         """Those of lazy leaves that are not at hand."""
         here = {key for key, values in self._kept.items() if values is not None} | self._quantized.keys()
-        return sorted(key for key in wanted if _is_lazy(self._leaves[key[0]]) and key not in here)
+        return sorted(key for key in wanted if is_lazy(self._leaves[key[0]]) and key not in here)
 
     def replace(self, part: Part, values: jax.Array) -> None:
         """Puts quantized values in place of part of a leaf for all equations still to run."""
@@ -189,7 +189,7 @@ class Executor:
 
     def check_weights(self, sites: Sequence[Site]) -> None:
         """Lazy leaves are checked when they are solved."""
-        here = [site for site in sites if not _is_lazy(self._leaves[site.leaf])]
+        here = [site for site in sites if not is_lazy(self._leaves[site.leaf])]
         flags = jax.device_get([all_finite(jnp.asarray(self._leaves[site.leaf])) for site in here])
         bad = [site.path for site, finite in zip(here, flags, strict=True) if not finite]
         if bad:
@@ -338,7 +338,7 @@ def _part_of(leaf: Any, index: Index) -> Any:
     return leaf[tuple(slice(*bounds) for bounds in index)]
 
 
-def _is_lazy(leaf: Any) -> bool:
+def is_lazy(leaf: Any) -> bool:
     """Whether a leaf has a shape and a dtype, but its values only when asked for."""
     return (
         not isinstance(leaf, np.ndarray | np.generic | jax.Array)
@@ -394,8 +394,8 @@ def _accumulate_residual(
     return add_product(total, product.rows(x).astype(jnp.float32), drift)
 
 
-def checked_batches(batches: Any) -> list[tuple]:
-    """Each batch as the tuple of the function's inputs."""
+def checked_batches(batches: Any, *, shapes: bool = False) -> list[tuple]:
+    """Each batch as the tuple of the function's inputs. shapes: whether ShapeDtypeStructs may stand for arrays."""
     if isinstance(batches, dict | str) or hasattr(batches, "shape") or not isinstance(batches, Iterable):
         raise TypeError(
             f"batches is a {type(batches).__name__}; give a list of batches, each the tuple of the function's inputs: "
@@ -406,7 +406,7 @@ def checked_batches(batches: Any) -> list[tuple]:
         raise ValueError("no calibration data: batches is empty; give at least one batch of the function's inputs")
     for number, batch in enumerate(batches):
         for leaf in jax.tree.leaves(batch):
-            if not _has_values(leaf):
+            if not _has_values(leaf) and not (shapes and isinstance(leaf, jax.ShapeDtypeStruct)):
                 raise TypeError(
                     f"batch {number} holds a {type(leaf).__name__}; its inputs are arrays or numbers: "
                     "bind anything else to the function with functools.partial"

@@ -167,8 +167,7 @@ def _quantize(
 ) -> tuple[Any, Report]:
     started = time.perf_counter()
     default = settings_of(Grid() if grid is None else grid, method, quality)
-    if offload not in (None, "host"):
-        raise ValueError(f'offload={offload!r}; give "host", or None to keep activations on the device')
+    check_offload(offload)
     rules = [(pattern, completed(options, *default, quality)) for pattern, options in checked_rules(rules or ())]
     methods = [default[1], *(options.method for _, options in rules if options)]
     correct_biases = any(getattr(method, "bias_correction", False) for method in methods)
@@ -656,6 +655,11 @@ def settings_of(grid: Any, method: Any, quality: Any) -> tuple[Grid, Method]:
     if not isinstance(method, Method):
         raise TypeError(f"method={method!r}; choose one of {tuple(METHODS)}, or give a Method value, such as GPTQ()")
     return grid, method
+
+
+def check_offload(offload: Any) -> None:
+    if offload not in (None, "host"):
+        raise ValueError(f'offload={offload!r}; give "host", or None to keep activations on the device')
 
 
 def _row(

@@ -168,15 +168,56 @@ def test_without_being_asked_main_changes_no_setting_and_a_process_of_its_own_ke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
     options = cli._parser().parse_args(["eval", "model", "--text", "t"])
-    assert cli._programs_directory(options, own_process=False) is None
-    assert cli._programs_directory(options, own_process=True) == tmp_path / "jgptq" / "programs"
-    options = cli._parser().parse_args(["eval", "model", "--text", "t", "--cache-dir", "none"])
-    assert cli._programs_directory(options, own_process=True) is None
-    try:
-        jax.config.update("jax_compilation_cache_dir", "/elsewhere")  # as JAX_COMPILATION_CACHE_DIR does
+    with cli._keeping_programs(options, own_process=False):
+        assert jax.config.jax_compilation_cache_dir is None
+    with cli._keeping_programs(options, own_process=True):
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jgptq" / "programs")
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.fixture
+def told(tmp_path):
+    """A directory that JAX was told to keep programs in, as JAX_COMPILATION_CACHE_DIR does."""
+    settings = {"jax_compilation_cache_dir": str(tmp_path / "told"), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    with program_cache._configured(settings):
+        yield tmp_path / "told"
+
+
+def test_none_switches_off_a_cache_that_jax_was_told_of(told):
+    def compile_something(number, *more):
+        with cli._keeping_programs(cli._parser().parse_args(["demo", *more]), own_process=True):
+            jax.jit(lambda x: x * number)(1.0)
+        return len([*told.glob("*-cache")])
+
+    assert compile_something(3.25, "--cache-dir", "none") == 0
+    assert compile_something(4.25) > 0
+    assert jax.config.jax_enable_compilation_cache
+
+
+def test_a_home_directory_is_looked_for_only_where_needed(monkeypatch, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert program_cache.default_directory() == tmp_path / "jgptq" / "programs"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.warns(UserWarning, match="are not kept for the next run: Could not determine home") as warned:
         assert program_cache.default_directory() is None
-    finally:
-        jax.config.update("jax_compilation_cache_dir", None)
+    assert len(warned) == 1
+
+
+def test_a_directory_that_cannot_be_written_keeps_nothing(monkeypatch, tmp_path):
+    def refused(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(program_cache.tempfile, "TemporaryFile", refused)  # whoever may write everywhere runs tests too
+    before = jax.config.jax_compilation_cache_dir
+    expected = pytest.warns(UserWarning, match="are not kept for the next run: .*Permission denied")
+    with expected as warned, program_cache.keeping_programs(tmp_path):
+        assert jax.config.jax_compilation_cache_dir == before
+    assert len(warned) == 1
 
 
 def test_a_cache_that_cannot_be_made_is_a_warning(home, capsys):
@@ -510,6 +551,26 @@ BAD = {
     "a dry run without bits": (
         lambda home: quantize_arguments(home, home / "o", "--average-bits", "3.5", "--dry-run"),
         "--dry-run cannot know what --average-bits would choose; give --bits",
+    ),
+    "a dry run of tuning": (
+        lambda home: quantize_arguments(home, home / "o", "--tune", "--dry-run"),
+        "--dry-run does not know what --tune takes; leave one of them out",
+    ),
+    "a profile of a dry run": (
+        lambda home: quantize_arguments(home, home / "o", "--profile", "--dry-run"),
+        "--dry-run runs nothing that --profile could measure; leave one of them out",
+    ),
+    "a trace of a dry run": (
+        lambda home: quantize_arguments(home, home / "o", "--trace", str(home / "o"), "--dry-run"),
+        "--dry-run runs nothing that --trace could measure; leave one of them out",
+    ),
+    "a dry run without its text": (
+        lambda home: quantize_arguments(home, home / "o", "--calibration", "none.txt", "--dry-run"),
+        "none.txt is not a file",
+    ),
+    "programs kept in no directory": (
+        lambda home: ["demo", "--cache-dir", ""],
+        "--cache-dir is empty; give a directory",
     ),
     "a prompt beyond the context": (
         lambda home: ["generate", str(home / "float"), "--prompt", "a" * 60, "--max-new-tokens", "64"],

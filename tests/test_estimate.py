@@ -156,3 +156,82 @@ def test_an_8b_model_is_estimated_from_its_shapes():
 def test_nothing_to_calibrate_on_is_an_error():
     with pytest.raises(ValueError, match="batches is empty"):
         jgptq.estimate(network, shapes(), [])
+
+
+def test_a_better_quality_takes_more_to_solve():
+    def solving(method, quality):
+        found = jgptq.estimate(network, shapes(), batches(), grid=GRID, method=method, quality=quality)
+        return dict(found.flops)["solve"]
+
+    best, balanced, fast = (solving("gptq", quality) for quality in ("best", "balanced", "fast"))
+    assert best > balanced > fast > solving("rtn", "fast")
+    assert solving("awq", "balanced") > solving("awq", "fast") > 20 * solving("rtn", "fast") / 2
+
+
+def test_each_scaling_is_judged_by_a_solve():
+    """Five judges' solves come to what five weights take that are solved as the judge solves."""
+
+    def solving(method):
+        return dict(jgptq.estimate(network, shapes(), batches(), grid=GRID, method=method).flops)["solve"]
+
+    best, judge = jgptq.AWQ(solver=PLAIN, points=5, judge=FOLLOWED), FOLLOWED
+    assert solving(best) == pytest.approx(solving(PLAIN) + 5 * solving(judge))
+
+
+def test_exact_solves_take_in_to_the_third_for_each_output():
+    def solving(width):
+        w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((width, 32), (ROWS, width)))
+        return dict(jgptq.estimate(lambda w, x: x @ w, w, [x], grid=GRID, method="obq").flops)["solve"]
+
+    assert solving(128) == 8 * solving(64) >= 8 * 32 * 64**3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [np.ones((ROWS, WIDTH), np.float32), {"x": np.ones(3)}, "text", [("text",)], [], iter(())],
+    ids=["an array", "a dict", "a string", "strings", "nothing", "an empty iterator"],
+)
+def test_batches_are_refused_as_quantize_refuses_them(given):
+    with pytest.raises((TypeError, ValueError)) as refused:
+        jgptq.quantize(network, values(shapes()), given)
+    with pytest.raises(refused.type) as also:
+        jgptq.estimate(network, shapes(), given)
+    assert str(also.value) == str(refused.value)
+
+
+def test_an_unknown_place_for_activations_is_refused():
+    with pytest.raises(ValueError, match="offload='disk'; give \"host\""):
+        jgptq.estimate(network, shapes(), batches(), offload="disk")
+
+
+def test_keys_of_random_numbers_take_nothing():
+    def with_key(params, x):
+        return network(params["layers"], x + 0 * jax.random.normal(params["key"], x.shape))
+
+    found = jgptq.estimate(with_key, {"key": jax.random.key(0), "layers": shapes()}, batches(), grid=GRID)
+    assert found.nbytes == nbytes(values(shapes()))
+
+
+def test_each_leaf_is_lazy_by_itself():
+    params = values(shapes())
+    params[1] = jax.tree.map(Lazy, params[1])
+    found = jgptq.estimate(network, params, batches(), grid=GRID, method=PLAIN)
+    assert dict(found.peak)["parameters"] == nbytes(params[0]) + nbytes(params[2])
+
+
+def test_what_is_read_ahead_is_in_the_hosts_memory(monkeypatch):
+    def step(backend):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        few = [jax.ShapeDtypeStruct((1, WIDTH), jnp.float32)]
+        return dict(jgptq.estimate(network, shapes(), few, grid=GRID, method="rtn", quality="fast").peak)
+
+    assert step("cpu")["read ahead"] == 4 * WIDTH * HIDDEN
+    assert "read ahead" not in step("gpu")
+
+
+@pytest.mark.parametrize(("outputs", "copies"), [(1024, 1.5), (1031, 5.0)])
+def test_outputs_that_cannot_be_divided_are_solved_at_once(outputs, copies):
+    """1031 is a prime."""
+    w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, outputs), (1, 64)))
+    found = jgptq.estimate(lambda w, x: x @ w, w, [x], grid=GRID, method=PLAIN)
+    assert dict(found.peak)["one solve"] == int(copies * 4 * 64 * outputs)

@@ -94,12 +94,17 @@ def check_damp(damp: Any) -> None:
 TILE = 256
 
 
+def outputs_at_once(out_features: int) -> int:
+    """How many outputs `over_outputs` takes: on a CPU all, too, where no number from TILE / 4 to TILE divides them."""
+    most = min(TILE if jax.default_backend() == "cpu" else out_features, out_features)
+    size = max(size for size in range(1, most + 1) if out_features % size == 0)
+    return size if size >= TILE // 4 else out_features
+
+
 def over_outputs(f: Callable, w: Float[Array, "in out"]) -> Any:
     """f of some outputs of w, for one part of them after another; its results are stacked."""
     out_features = w.shape[1]
-    most = min(TILE if jax.default_backend() == "cpu" else out_features, out_features)
-    size = max(size for size in range(1, most + 1) if out_features % size == 0)
-    size = size if size >= TILE // 4 else out_features
+    size = outputs_at_once(out_features)
     starts = jnp.arange(0, out_features, size)
     return lax.map(lambda start: f(lax.dynamic_slice_in_dim(w, start, size, axis=1)), starts)
 
