@@ -1,5 +1,7 @@
 """What a quantization would take, against what it takes."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +107,7 @@ def test_the_peak_is_that_of_a_run(method, lazy, monkeypatch):
     model = llama()
     tokens = [np.random.default_rng(seed).integers(0, 256, (4, 64)).astype(np.int32) for seed in range(4)]
     params = jax.tree.map(np.asarray, model.init(jax.random.key(0)))
+    gc.collect()
     before = live_bytes()
     params = jax.tree.map(Lazy if lazy else jnp.asarray, params)
     seen = []
