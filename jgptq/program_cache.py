@@ -66,7 +66,8 @@ def keeping_no_programs() -> contextlib.AbstractContextManager[None]:
 
 
 def _warn(error: Exception) -> None:
-    warnings.warn(f"compiled programs are not kept for the next run: {error}; give --cache-dir", stacklevel=3)
+    reason = str(error).rstrip(".")
+    warnings.warn(f"compiled programs are not kept for the next run: {reason}; give --cache-dir", stacklevel=3)
 
 
 @contextlib.contextmanager
