@@ -14,7 +14,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,13 +27,14 @@ from jgptq.hessian import Hessian
 from jgptq.partition import replicated
 from jgptq.phases import Phases
 from jgptq.reader import Reader
+from jgptq.scaling import as_asked, fold_scales, folds_of, input_scales, own_settings
 from jgptq.sharding import solve_by_outputs
-from jgptq.solvers import AWQ, METHODS, PRESETS, QUALITIES, RTN, Info, Method, nearest
+from jgptq.solvers import METHODS, PRESETS, QUALITIES, RTN, Info, Method, nearest
 from jgptq.solvers.awq import Scaled, scale_hessian
 from jgptq.solvers.method import energy, relative
 from jgptq.solvers.targets import Drift, Targets, corrections, moved
 from jgptq.tensor import Index, QuantizedTensor, dequantize, join
-from jgptq.tracing.folding import Fold, columns, fold_float, fold_packed
+from jgptq.tracing.folding import Fold
 from jgptq.tracing.gradients import Loss
 from jgptq.tracing.graph import Part, Site, Step
 
@@ -183,101 +184,33 @@ def _quantize(
             phases=phases,
             reader=reader,
         )
-    plan = chosen_sites(executor.sites, *default, rules)
-    sites = {site.leaf: site for site in executor.sites if site.leaf in plan}
-    with phases("load"):
-        executor.check_weights(list(sites.values()))
-    steps = executor.choose(plan)
+    run = _begun(executor, chosen_sites(executor.sites, *default, rules), finished, phases)
     if loss is not None:
         executor.weigh(loss)
-    names = {part_key(part): sites[part.leaf].name(part) for step in steps for part in step.parts}
-    if finished is not None:
-        _check_finished(finished, steps, names, sites, plan)
-    several = _several_inputs(steps, sites)
-    _check_permutations(several, sites, plan)
-    folds = _folds(executor, steps, sites, plan)
     rows: list[Row] = []
     packed: dict[int, dict[Index, QuantizedTensor]] = defaultdict(dict)
-
-    def is_done(part: Part) -> bool:
-        return finished is not None and names[part_key(part)] in finished
-
-    for number, step in enumerate(steps):
-        done = [part for part in step.parts if is_done(part)]
-        todo = [part for part in step.parts if part not in done]
-        own = _own_settings(step, plan, several, number in folds)
-        if todo or correct_biases:
-            hessian, drift = executor.moments(step)
-            tokens = hessian.tokens
-            if hessian.total.ndim == 3:
-                hessian, drift = share(hessian, drift)
-            with phases("targets"):
-                targets = phases.wait(_all_targets(executor, step, todo, hessian, drift, plan))
-            known = {own[part.leaf][1]: finished[names[part_key(part)]][0].input_scales for part in done}
-            with phases("solve"):
-                scales = _input_scales(executor, todo, targets, hessian, own, known)
-                shared = phases.wait(_prepared(hessian, {part.leaf: own[part.leaf] for part in todo}, scales))
-            hessian = drift = None
-        else:
-            executor.advance(step)
-        clock = time.perf_counter()
-        weights: dict[tuple[int, Index], QuantizedTensor] = {}
-        outcomes: dict[tuple[int, Index], Any] = {}
-        for part in step.parts:
-            key = part_key(part)
-            if part in done:
-                with phases("load"):
-                    weight = jax.tree.map(lambda array: jnp.asarray(array[...]), finished[names[key]][0])
-            else:
-                prepared, own_scales = shared[part.leaf], scales.get(own[part.leaf][1])
-                with phases("solve"):
-                    target = targets.pop(key, None)
-                    weight, *outcome = _solve_part(executor, part, target, prepared, own_scales, *own[part.leaf])
-                    weight, outcomes[key] = phases.wait((weight, Outcome(*outcome, tokens)))
-                target = outcome = None
-                weight = executor.as_given(part, weight)
-            weights[key] = weight
-            with phases("pack"):
-                values = phases.wait(_dequantize(weight))
-            if getattr(plan[part.leaf][1], "bias_correction", False):
-                executor.correct_bias(step, part, values)
-            executor.replace(part, values)
-        shared = prepared = scales = own_scales = weight = values = None  # before the next step makes its own
-        for following in steps[number + 1 : number + 2]:
-            executor.read_ahead(following, itertools.filterfalse(is_done, following.parts))
-        # The one place in a step where the host waits for the device.
-        outcomes = jax.device_get(outcomes)
-        seconds = (time.perf_counter() - clock) / max(1, sum(math.prod(part.layout.shape) for part in todo))
-        for part in step.parts:
-            key, site = part_key(part), sites[part.leaf]
-            weight = weights.pop(key)
-            if part in done:
-                row = finished[names[key]][1]
-            else:
-                row = _row(executor, site, part, weight, outcomes[key], *own[part.leaf])
-                row = _as_asked(row, weight, plan[part.leaf][1], own[part.leaf][1], number in folds)
-                row = dataclasses.replace(row, seconds=seconds * math.prod(part.layout.shape))
-                if finished is not None:
-                    with phases("write"):
-                        finished[names[key]] = weight, row
+    for number in range(len(run.steps)):
+        for part, weight, row in _solved_step(run, number, correct_biases):
             if finished is None:
                 packed[part.leaf][part.index] = weight
+            elif not run.is_done(part):
+                with phases("write"):
+                    finished[run.name(part)] = weight, row
             rows.append(row)
             if progress:
-                progress(row, len(rows), len(names))
-
+                progress(row, len(rows), len(run.names))
     parts = {
-        leaf: packed.pop(leaf, None) or {part.index: finished[names[part_key(part)]][0] for part in site.parts}
-        for leaf, site in sites.items()
+        leaf: packed.pop(leaf, None) or {part.index: finished[run.name(part)][0] for part in site.parts}
+        for leaf, site in run.sites.items()
     }
     with phases("pack"):
-        result = phases.wait(_assembled(params, parts, executor.biases, steps, folds, sites))
+        result = phases.wait(_assembled(params, parts, executor.biases, run.steps, run.folds, run.sites))
     report = Report(
         rows=tuple(rows),
         skipped=tuple(
             (site.path, "left alone by a rule" if site.quantizable else site.reason)
             for site in executor.sites
-            if site.leaf not in plan
+            if site.leaf not in run.plan
         ),
         seconds=time.perf_counter() - started,
         programs=executor.programs,
@@ -292,14 +225,123 @@ def _quantize(
     return result, report
 
 
-def _as_asked(row: Row, weight: QuantizedTensor, asked: Method, used: Method, folds: bool) -> Row:
-    """The row as it is to be reported: scales that will fold take no bytes, and RTN that stood in for AWQ is noted."""
-    if folds:
-        return dataclasses.replace(row, nbytes=row.nbytes - weight.input_scales.nbytes)
-    if used == asked or not isinstance(used, RTN):
-        return row
-    note = NOT_SCALED if asked.input_scales else f"{NOT_SCALED}: AWQ(input_scales=True) would keep them"
-    return dataclasses.replace(row, method=asked.name, notes=(*row.notes, note))
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What is known before the first weight is solved.
+
+    plan: grid and method by leaf. names: of parts. several: leaves with different inputs for different outputs.
+    folds: what takes the scales of inputs, by the step's number.
+    """
+
+    executor: Executor
+    plan: dict[int, tuple[Grid, Method]]
+    sites: dict[int, Site]
+    steps: list[Step]
+    names: dict[tuple[int, Index], str]
+    several: set[int]
+    folds: dict[int, tuple[Fold, ...]]
+    finished: MutableMapping[str, tuple[QuantizedTensor, Row]] | None
+    phases: Phases
+
+    def name(self, part: Part) -> str:
+        return self.names[part_key(part)]
+
+    def is_done(self, part: Part) -> bool:
+        return self.finished is not None and self.name(part) in self.finished
+
+
+def _begun(executor: Executor, plan: dict, finished: Any, phases: Phases) -> _Run:
+    """The run of a plan that was checked against the function, its weights and what is finished."""
+    sites = {site.leaf: site for site in executor.sites if site.leaf in plan}
+    with phases("load"):
+        executor.check_weights(list(sites.values()))
+    steps = executor.choose(plan)
+    names = {part_key(part): sites[part.leaf].name(part) for step in steps for part in step.parts}
+    if finished is not None:
+        _check_finished(finished, steps, names, sites, plan)
+    several = _several_inputs(steps, sites)
+    _check_permutations(several, sites, plan)
+    folds = folds_of(executor, steps, sites, plan)
+    return _Run(executor, plan, sites, steps, names, several, folds, finished, phases)
+
+
+def _solved_step(run: _Run, number: int, correct_biases: bool) -> Iterator[tuple[Part, QuantizedTensor, Row]]:
+    """Solves the weights of a step that are not done, and puts all in their places; then gives each with its row."""
+    executor, step = run.executor, run.steps[number]
+    own = own_settings(step, run.plan, run.several, number in run.folds)
+    done = [part for part in step.parts if run.is_done(part)]
+    todo = [part for part in step.parts if part not in done]
+    clock = time.perf_counter()
+    weights, outcomes = _solved_parts(run, step, todo, own, correct_biases)
+    for following in run.steps[number + 1 : number + 2]:
+        executor.read_ahead(following, itertools.filterfalse(run.is_done, following.parts))
+    # The one place in a step where the host waits for the device.
+    outcomes = jax.device_get(outcomes)
+    seconds = (time.perf_counter() - clock) / max(1, sum(math.prod(part.layout.shape) for part in todo))
+    for part in step.parts:
+        weight = weights.pop(part_key(part))
+        if part in done:
+            yield part, weight, run.finished[run.name(part)][1]
+            continue
+        row = _row(executor, run.sites[part.leaf], part, weight, outcomes[part_key(part)], *own[part.leaf])
+        row = as_asked(row, weight, run.plan[part.leaf][1], own[part.leaf][1], number in run.folds)
+        yield part, weight, dataclasses.replace(row, seconds=seconds * math.prod(part.layout.shape))
+
+
+def _solved_parts(run: _Run, step: Step, todo: Sequence[Part], own: dict, correct_biases: bool) -> tuple[dict, dict]:
+    """All weights of a step, and the outcomes of those solved now, by `part_key`."""
+    executor, phases = run.executor, run.phases
+    shared = None
+    if todo or correct_biases:
+        shared = _shared(run, step, todo, own)
+    else:
+        executor.advance(step)
+    weights, outcomes = {}, {}
+    for part in step.parts:
+        key = part_key(part)
+        if part in todo:
+            with phases("solve"):
+                target, scales = shared.targets.pop(key, None), shared.scales.get(own[part.leaf][1])
+                solved = _solve_part(executor, part, target, shared.prepared[part.leaf], scales, *own[part.leaf])
+                target = None
+                weight, *outcome = phases.wait(solved)
+                outcomes[key] = Outcome(*outcome, shared.tokens)
+            weight = executor.as_given(part, weight)
+        else:
+            with phases("load"):
+                weight = jax.tree.map(lambda array: jnp.asarray(array[...]), run.finished[run.name(part)][0])
+        weights[key] = weight
+        with phases("pack"):
+            values = phases.wait(_dequantize(weight))
+        if getattr(run.plan[part.leaf][1], "bias_correction", False):
+            executor.correct_bias(step, part, values)
+        executor.replace(part, values)
+    return weights, outcomes
+
+
+class _Shared(NamedTuple):
+    """What the solves of a step take. targets: by `part_key`; prepared: by leaf; scales: of the inputs, by method."""
+
+    targets: dict[tuple[int, Index], jax.Array]
+    prepared: dict[int, Any]
+    scales: dict[Method, jax.Array]
+    tokens: jax.Array
+
+
+def _shared(run: _Run, step: Step, todo: Sequence[Part], own: dict) -> _Shared:
+    """Advances to a step, sums its Hessian and makes of it what the solves take: the sums are not kept."""
+    executor, phases = run.executor, run.phases
+    hessian, drift = executor.moments(step)
+    tokens = hessian.tokens
+    if hessian.total.ndim == 3:
+        hessian, drift = share(hessian, drift)
+    with phases("targets"):
+        targets = phases.wait(_all_targets(executor, step, todo, hessian, drift, run.plan))
+    known = {own[part.leaf][1]: run.finished[run.name(part)][0].input_scales for part in step.parts if part not in todo}
+    with phases("solve"):
+        scales = input_scales(executor, todo, targets, hessian, own, known)
+        prepared = phases.wait(_prepared(hessian, {part.leaf: own[part.leaf] for part in todo}, scales))
+    return _Shared(targets, prepared, scales, tokens)
 
 
 def _assembled(params: Any, parts: dict, biases: dict, steps: Sequence[Step], folds: dict, sites: dict) -> Any:
@@ -309,7 +351,7 @@ def _assembled(params: Any, parts: dict, biases: dict, steps: Sequence[Step], fo
         whole = jnp.asarray(leaves[leaf][tuple(map(slice, leaves[leaf].shape))])
         own = np.asarray(replicated(values))
         leaves[leaf] = whole.at[tuple(slice(*bounds) for bounds in index)].set(own)
-    _fold(leaves, parts, steps, folds)
+    fold_scales(leaves, parts, steps, folds)
     for leaf, site in sites.items():
         leaves[leaf] = _joined(site, parts.pop(leaf))
     return jax.tree.unflatten(tree, leaves)
@@ -356,102 +398,6 @@ def _check_permutations(leaves: Iterable[int], sites: dict[int, Site], plan: dic
                 f"{sites[leaf].path} is used through slices that see different inputs, which act_order=True "
                 'would permute differently; use act_order="group" or "static", or leave it alone with a rule'
             )
-
-
-NOT_SCALED = "its inputs come from nothing that could take scales, so they are not scaled"
-
-
-def _folds(
-    executor: Executor, steps: Sequence[Step], sites: dict[int, Site], plan: dict
-) -> dict[int, tuple[Fold, ...]]:
-    """What the scales of each step's inputs are to go into, by the step's number; none for a step where they cannot."""
-    parts = {part_key(part): part for step in steps for part in step.parts}
-
-    def takes(fold: Fold) -> bool:
-        if fold.leaf not in plan:
-            return True
-        part = parts.get((fold.leaf, fold.index))
-        return part is not None and not sites[fold.leaf].tied and columns(fold, part.layout) is not None
-
-    found = {}
-    for number, step in enumerate(steps):
-        methods = {plan[part.leaf][1] for part in step.parts}
-        if len(methods) == 1 and isinstance(*methods, AWQ) and not any(sites[part.leaf].tied for part in step.parts):
-            folds = executor.folds(step)
-            if folds is not None and all(map(takes, folds)):
-                found[number] = folds
-    return found
-
-
-def _own_settings(step: Step, plan: dict, several: set[int], folds: bool) -> dict[int, tuple[Grid, Method]]:
-    """Grid and method of each leaf of a step: AWQ's solver alone where its scales can neither go elsewhere nor stay.
-
-    They cannot stay with leaves of `several` inputs.
-    """
-    own = {}
-    for part in step.parts:
-        grid, method = plan[part.leaf]
-        if isinstance(method, AWQ) and not folds and (part.leaf in several or not method.input_scales):
-            method = method.solver
-        own[part.leaf] = grid, method
-    return own
-
-
-def _input_scales(
-    executor: Executor, todo: Sequence[Part], targets: dict, hessian: Hessian, own: dict, known: dict[Method, Any]
-) -> dict[Method, jax.Array]:
-    """The scales of a step's inputs for each method that has such. known: those of finished weights, by method."""
-    found = {}
-    for method in {own[part.leaf][1] for part in todo if isinstance(own[part.leaf][1], AWQ)}:
-        shape = hessian.total.shape[:-1]
-        if method in known:
-            scales = known[method]
-            found[method] = jnp.ones(shape) if scales is None else jnp.asarray(scales[...]).reshape(shape)
-            continue
-        parts = [part for part in todo if own[part.leaf][1] == method]
-        grids = tuple(own[part.leaf][0] for part in parts)
-        weights = (_target(executor, part, targets) for part in parts)
-        if hessian.total.ndim == 2:
-            found[method] = method.scales(weights, hessian, grids)
-        else:
-            matrices = [w.reshape(-1, *w.shape[-2:]) for w in weights]
-            found[method] = _scales_of_batch(matrices, hessian, grids, method)
-    return found
-
-
-def _target(executor: Executor, part: Part, targets: dict) -> jax.Array:
-    """What a part is solved towards, as (batch…, in, out)."""
-    if part_key(part) in targets:
-        return targets[part_key(part)]
-    return part.layout.to_matrix(executor.leaf(part.leaf, part.index))
-
-
-@functools.partial(jax.jit, static_argnames=("grids", "method"))
-def _scales_of_batch(weights: list[jax.Array], hessian: Hessian, grids: tuple[Grid, ...], method: AWQ) -> jax.Array:
-    return jax.lax.map(lambda operands: method.scales(*operands, grids), (weights, hessian))
-
-
-def _fold(
-    leaves: list[Any],
-    all_parts: dict[int, dict[Index, QuantizedTensor]],
-    steps: Sequence[Step],
-    folds: dict[int, tuple[Fold, ...]],
-) -> None:
-    """Moves the scales of inputs into what the inputs are computed from, in place."""
-    for number, targets in folds.items():
-        scales = all_parts[steps[number].parts[0].leaf][steps[number].parts[0].index].input_scales
-        if scales is None:
-            continue
-        factors = 1 / np.asarray(scales[...], np.float64)
-        for part in steps[number].parts:
-            weight = all_parts[part.leaf][part.index]
-            all_parts[part.leaf][part.index] = dataclasses.replace(weight, input_scales=None)
-        for fold in targets:
-            if fold.leaf in all_parts:
-                weight = all_parts[fold.leaf][fold.index]
-                all_parts[fold.leaf][fold.index] = fold_packed(weight, fold, factors)
-            else:
-                leaves[fold.leaf] = fold_float(jnp.asarray(leaves[fold.leaf][...]), fold, factors)
 
 
 _dequantize = jax.jit(dequantize)
