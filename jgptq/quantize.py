@@ -8,7 +8,6 @@ place before the next segment runs. [Frantar et al. 2023, section 4, in which bl
 import dataclasses
 import difflib
 import fnmatch
-import functools
 import itertools
 import math
 import time
@@ -22,17 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgptq.executor import NOT_FINITE, Executor, all_finite, part_key
-from jgptq.grid import Grid, Levels, levels
-from jgptq.hessian import Hessian
+from jgptq.grid import Grid
 from jgptq.partition import replicated
 from jgptq.phases import Phases
 from jgptq.reader import Reader
 from jgptq.scaling import as_asked, fold_scales, folds_of, input_scales, own_settings
-from jgptq.sharding import solve_by_outputs
-from jgptq.solvers import METHODS, PRESETS, QUALITIES, RTN, Info, Method, nearest
-from jgptq.solvers.awq import Scaled, scale_hessian
-from jgptq.solvers.method import energy, relative
-from jgptq.solvers.targets import Drift, Targets, corrections, moved
+from jgptq.solvers import METHODS, PRESETS, QUALITIES, Method
+from jgptq.solves import Outcome, all_prepared, all_targets, share, solve_stack, stacks
 from jgptq.tensor import Index, QuantizedTensor, dequantize, join
 from jgptq.tracing.folding import Fold
 from jgptq.tracing.gradients import Loss
@@ -297,33 +292,37 @@ def _solved_parts(run: _Run, step: Step, todo: Sequence[Part], own: dict, correc
     else:
         executor.advance(step)
     weights, outcomes = {}, {}
-    for part in step.parts:
-        key = part_key(part)
-        if part in todo:
+    for stack in stacks(executor, step.parts, own):
+        solved = [None] * len(stack)
+        # Beside those that are done, so that an interrupted run ends with the same bits.
+        if any(part in todo for part in stack):
             with phases("solve"):
-                target, scales = shared.targets.pop(key, None), shared.scales.get(own[part.leaf][1])
-                solved = _solve_part(executor, part, target, shared.prepared[part.leaf], scales, *own[part.leaf])
-                target = None
-                weight, *outcome = phases.wait(solved)
-                outcomes[key] = Outcome(*outcome, shared.tokens)
-            weight = executor.as_given(part, weight)
-        else:
-            with phases("load"):
-                weight = jax.tree.map(lambda array: jnp.asarray(array[...]), run.finished[run.name(part)][0])
-        weights[key] = weight
-        with phases("pack"):
-            values = phases.wait(_dequantize(weight))
-        if getattr(run.plan[part.leaf][1], "bias_correction", False):
-            executor.correct_bias(step, part, values)
-        executor.replace(part, values)
+                settings = own[stack[0].leaf]
+                solved = phases.wait(
+                    solve_stack(executor, stack, shared.targets, shared.prepared, shared.scales, *settings)
+                )
+        for part, outcome in zip(stack, solved, strict=True):
+            key = part_key(part)
+            if part in todo:
+                weight, *outcome = outcome
+                outcomes[key], weight = Outcome(*outcome, shared.tokens), executor.as_given(part, weight)
+            else:
+                with phases("load"):
+                    weight = jax.tree.map(lambda array: jnp.asarray(array[...]), run.finished[run.name(part)][0])
+            weights[key] = weight
+            with phases("pack"):
+                values = phases.wait(_dequantize(weight))
+            if getattr(run.plan[part.leaf][1], "bias_correction", False):
+                executor.correct_bias(step, part, values)
+            executor.replace(part, values)
     return weights, outcomes
 
 
 class _Shared(NamedTuple):
-    """What the solves of a step take. targets: by `part_key`; prepared: by leaf; scales: of the inputs, by method."""
+    """What the solves of a step take, as `solve_stack` takes it."""
 
     targets: dict[tuple[int, Index], jax.Array]
-    prepared: dict[int, Any]
+    prepared: dict[tuple[Grid, Method], Any]
     scales: dict[Method, jax.Array]
     tokens: jax.Array
 
@@ -336,11 +335,11 @@ def _shared(run: _Run, step: Step, todo: Sequence[Part], own: dict) -> _Shared:
     if hessian.total.ndim == 3:
         hessian, drift = share(hessian, drift)
     with phases("targets"):
-        targets = phases.wait(_all_targets(executor, step, todo, hessian, drift, run.plan))
+        targets = phases.wait(all_targets(executor, step, hessian, drift, run.plan))
     known = {own[part.leaf][1]: run.finished[run.name(part)][0].input_scales for part in step.parts if part not in todo}
     with phases("solve"):
         scales = input_scales(executor, todo, targets, hessian, own, known)
-        prepared = phases.wait(_prepared(hessian, {part.leaf: own[part.leaf] for part in todo}, scales))
+        prepared = phases.wait(all_prepared(hessian, {own[part.leaf] for part in todo}, scales))
     return _Shared(targets, prepared, scales, tokens)
 
 
@@ -410,128 +409,6 @@ def _joined(site: Site, parts: dict[Index, QuantizedTensor]) -> QuantizedTensor:
         return dataclasses.replace(weight, layout=site.layout.unstacked())
     whole = {index: replicated(jax.tree.map(lambda array: array[...], weight)) for index, weight in parts.items()}
     return join(site.layout, whole)
-
-
-def _prepared(
-    hessian: Hessian, plan: dict[int, tuple[Grid, Method]], scales: dict[Method, jax.Array]
-) -> dict[int, Any]:
-    """What the solves of a step take, by leaf: the Hessian, or what the method prepares in its place.
-
-    scales: of the inputs, for methods that have such.
-    """
-    prepared: dict[Any, Any] = {}
-
-    def of(grid: Grid, method: Method) -> Any:
-        if hessian.total.ndim != 2 or not hasattr(method, "prepare"):
-            return hessian
-        key = grid.group_length(hessian.in_features), method
-        if key not in prepared:
-            own = (scales[method],) if method in scales else ()
-            prepared[key] = method.prepare(hessian, grid, *own)
-        return prepared[key]
-
-    return {leaf: of(*settings) for leaf, settings in plan.items()}
-
-
-def _all_targets(
-    executor: Executor, step: Step, todo: Sequence[Part], hessian: Hessian, drift: Drift | None, plan: dict
-) -> dict[tuple[int, Index], jax.Array]:
-    """What the parts of a step are to be solved towards, where that is not the parts themselves."""
-    found: dict[tuple[int, Index], jax.Array] = {}
-    if drift is None:
-        return found
-    wanted: dict[Any, Targets | None] = {part_key(part): getattr(plan[part.leaf][1], "targets", None) for part in todo}
-    ridges = {targets.ridge for targets in wanted.values() if targets}
-    # `corrections` takes the drift's memory; rarely do rules ask for several, each of which then gets its own.
-    drifts = [drift] + [jax.tree.map(jnp.copy, drift) for _ in range(len(ridges) - 1)]
-    by_ridge = {ridge: corrections(hessian, own, ridge) for ridge, own in zip(ridges, drifts, strict=False)}
-    for number, part in enumerate(step.parts):
-        if targets := wanted.get(part_key(part)):
-            correction = by_ridge[targets.ridge]
-            w = part.layout.to_matrix(executor.leaf(part.leaf, part.index))
-            matrices = w.reshape(-1, *w.shape[-2:]) if w.ndim > 2 else w
-            strengths = jnp.array([targets.inputs, targets.residual], jnp.float32)
-            target = moved(matrices, correction.inputs, correction.residuals.get(number), strengths)
-            found[part_key(part)] = target.reshape(w.shape)
-    return found
-
-
-def _solve_part(
-    executor: Executor, part: Part, target: Any, shared: Any, scales: Any, grid: Grid, method: Method
-) -> tuple[QuantizedTensor, Info, jax.Array]:
-    """The weight, what its solve says of itself, and the error of rounding to nearest.
-
-    target: what to solve towards; None: the weight itself. shared: of `_prepared`. scales: of `_input_scales`.
-    """
-    w = part.layout.to_matrix(executor.leaf(part.leaf, part.index))
-    target = w if target is None else target
-    if w.ndim == 2:
-        solve, operands = _solve_matrix, (w, target, shared)
-    else:
-        matrices = (matrix.reshape(-1, *w.shape[-2:]) for matrix in (w, target))
-        solve, operands = _solve_batch, (*matrices, shared, scales)
-    if executor.mesh is None or not getattr(method, "separable", False):
-        weight, info, error = solve(*operands, grid, method)
-    else:
-        weight, info, error = solve_by_outputs(*operands, solve=solve, grid=grid, method=method, mesh=executor.mesh)
-    weight = jax.tree.map(lambda array: array.reshape(*w.shape[:-2], *array.shape[w.ndim > 2 :]), weight)
-    return dataclasses.replace(weight, layout=part.layout, dtype=w.dtype), info, error
-
-
-class Outcome(NamedTuple):
-    """What a solve says of itself; for a batch of matrices with a leading axis."""
-
-    info: Info
-    rtn_error: Any
-    tokens: Any
-
-
-def _solve_matrix(w: jax.Array, target: jax.Array, shared: Any, grid: Grid, method: Method) -> Any:
-    weight, info = method.solve(target, shared, grid)
-    same = method == RTN() and target is w
-    return weight, info, info.relative_error if same else _rtn_error(w, target, shared, info, grid)
-
-
-@functools.partial(jax.jit, static_argnames=("grid", "method"))
-def _solve_batch(
-    w: jax.Array, target: jax.Array, hessian: Hessian, scales: jax.Array | None, grid: Grid, method: Method
-) -> Any:
-    """One matrix after another, each on its own Hessian: only one factor is in memory."""
-
-    def solve(operands):
-        w, target, hessian, scales = operands
-        scaled = hessian if scales is None else Scaled(scales, scale_hessian(hessian, scales))
-        weight, info = method.solve(target, scaled, grid)
-        return weight, info, _rtn_error(w, target, hessian, info, grid)
-
-    return jax.lax.map(solve, (w, target, hessian, scales))
-
-
-def share(hessian: Hessian, drift: Drift | None = None) -> tuple[Hessian, Drift | None]:
-    """A matrix that saw fewer tokens than it has inputs gets the sums of all, in the place of those given."""
-    sums = (hessian.total, None if drift is None else drift.inputs)
-    tokens, (total, inputs) = _share(hessian.tokens, sums)
-    return Hessian(total, tokens), drift and drift._replace(inputs=inputs)
-
-
-@functools.partial(jax.jit, donate_argnums=1)
-def _share(tokens: jax.Array, sums: Any) -> tuple[jax.Array, Any]:
-    starved = tokens < jax.tree.leaves(sums)[0].shape[-1]
-    sums = jax.tree.map(lambda each: jnp.where(starved[:, None, None], jnp.sum(each, axis=0), each), sums)
-    return jnp.where(starved, jnp.sum(tokens), tokens), sums
-
-
-def _rtn_error(w: jax.Array, target: jax.Array, shared: Any, info: Info, grid: Grid) -> jax.Array:
-    """The relative output error of rounding to nearest."""
-    return _rounding_error(w, target, shared, info.output, levels(grid))
-
-
-@jax.jit
-def _rounding_error(w: jax.Array, target: jax.Array, shared: Any, output: jax.Array, grid: Levels) -> jax.Array:
-    def difference(w, target):
-        return target.astype(jnp.float32) - nearest(w.astype(jnp.float32), grid)[-1]
-
-    return relative(energy(shared, (w, target), difference), output)
 
 
 def chosen_sites(

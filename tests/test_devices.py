@@ -20,8 +20,8 @@ from jgptq import tensor
 from jgptq.models.language_model import LanguageModel
 from jgptq.models.llama import ARCHITECTURE, LlamaConfig
 from jgptq.partition import Partition, auto
-from jgptq.quantize import _solve_matrix
 from jgptq.sharding import solve_by_outputs
+from jgptq.solves import solve_matrix
 
 HERE = Path(__file__).parent / "devices"
 
@@ -146,7 +146,7 @@ class TestKernel:
         method, grid = jgptq.GPTQ(scale_search=None, sweeps=0), jgptq.Grid(bits=4, group_size=64)
         w = jax.ShapeDtypeStruct((128, 512), jnp.float32)
         shared = jax.eval_shape(lambda: method.prepare(jgptq.init_hessian(128), grid))
-        solve = functools.partial(solve_by_outputs, solve=_solve_matrix, grid=grid, method=method, mesh=auto(self.MESH))
+        solve = functools.partial(solve_by_outputs, solve=solve_matrix, grid=grid, method=method, mesh=auto(self.MESH))
         text = self.lowered(solve, w, w, shared)
         calls = [line for line in text.splitlines() if "mosaic_gpu_v2" in line]
         assert calls

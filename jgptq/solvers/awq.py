@@ -7,7 +7,7 @@ larger is searched. Whatever solver rounds the scaled weight sees the inputs x /
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from jgptq import tensor
 from jgptq.grid import Grid, Levels, levels
 from jgptq.hessian import Hessian
-from jgptq.solvers.method import Info, Method, check_hessian, check_weight, over_outputs
+from jgptq.solvers.method import Info, Method, check_hessian, check_weight, over_outputs, solve_all
 from jgptq.solvers.rtn import RTN, nearest
 
 # A scale is at most this much above or below their geometric mean: float16 must hold what it goes into.
@@ -101,12 +101,23 @@ class AWQ:
         return Scaled(scales, shared)
 
     def solve(self, w: Array, hessian: "Hessian | Scaled", grid: Grid) -> tuple[tensor.QuantizedTensor, Info]:
-        check_weight(w, grid)
+        (solved,) = self.solve_all([w], hessian, grid)
+        return solved
+
+    def solve_all(
+        self, weights: Sequence[Array], hessian: "Hessian | Scaled", grid: Grid
+    ) -> list[tuple[tensor.QuantizedTensor, Info]]:
+        """Solves weights that see the same inputs on the same scales, at once if the solver can."""
+        for w in weights:
+            check_weight(w, grid)
         if not isinstance(hessian, Scaled):
-            check_hessian(w, hessian)
-            hessian = self.prepare(hessian, grid, self.scales([w], hessian, grid))
-        weight, info = self.solver.solve(hessian.scales[:, None] * w.astype(jnp.float32), hessian.shared, grid)
-        return dataclasses.replace(weight, input_scales=hessian.scales, dtype=jnp.dtype(w.dtype)), info
+            check_hessian(weights[0], hessian)
+            hessian = self.prepare(hessian, grid, self.scales(weights, hessian, grid))
+        scaled = [hessian.scales[:, None] * w.astype(jnp.float32) for w in weights]
+        return [
+            (dataclasses.replace(weight, input_scales=hessian.scales, dtype=jnp.dtype(w.dtype)), info)
+            for w, (weight, info) in zip(weights, solve_all(self.solver, scaled, hessian.shared, grid), strict=True)
+        ]
 
 
 class Scaled(NamedTuple):

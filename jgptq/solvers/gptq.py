@@ -11,6 +11,7 @@ the sum over earlier blocks is a matrix product, and only the last few inputs go
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jgptq import grid as grids
 from jgptq import tensor
 from jgptq.grid import Grid, scales_at_limit
-from jgptq.hessian import Factor, Hessian, factor
+from jgptq.hessian import HIGHEST, Factor, Hessian, factor
 from jgptq.solvers import fits
 from jgptq.solvers.descent import CHUNK, STRIP, Block, Rows, descend, group_inverses
 from jgptq.solvers.method import (
@@ -74,19 +75,19 @@ class GPTQ:
         return _prepare(hessian, group_length, self.damp, self.act_order, self.block_size)
 
     def solve(self, w: Array, hessian: "Hessian | Prepared", grid: Grid) -> tuple[tensor.QuantizedTensor, Info]:
-        if isinstance(hessian, Prepared):
+        (solved,) = self.solve_all([w], hessian, grid)
+        return solved
+
+    def solve_all(
+        self, weights: Sequence[Array], hessian: "Hessian | Prepared", grid: Grid
+    ) -> list[tuple[tensor.QuantizedTensor, Info]]:
+        """Solves weights that see the same inputs as one, their outputs side by side."""
+        for w in weights:
             check_weight(w, grid)
-            return _solve_prepared(w, hessian, grid, self.act_order, self.block_size, self.scale_search, self.sweeps)
-        return gptq(
-            w,
-            hessian,
-            grid,
-            act_order=self.act_order,
-            damp=self.damp,
-            block_size=self.block_size,
-            scale_search=self.scale_search,
-            sweeps=self.sweeps,
-        )
+        if not isinstance(hessian, Prepared):
+            check_hessian(weights[0], hessian)
+            hessian = self.prepare(hessian, grid)
+        return _packed(weights, hessian, grid, self.act_order, self.block_size, self.scale_search, self.sweeps)
 
 
 class Prepared(NamedTuple):
@@ -138,7 +139,8 @@ def gptq(
     check_hessian(w, hessian)
     _check_options(act_order, damp, block_size, scale_search, sweeps)
     prepared = _prepare(hessian, grid.group_length(w.shape[0]), damp, act_order, block_size)
-    return _solve_prepared(w, prepared, grid, act_order, block_size, scale_search, sweeps)
+    (solved,) = _packed([w], prepared, grid, act_order, block_size, scale_search, sweeps)
+    return solved
 
 
 def _check_options(act_order: Any, damp: Any, block_size: Any, scale_search: Any, sweeps: Any) -> None:
@@ -156,11 +158,12 @@ def _check_options(act_order: Any, damp: Any, block_size: Any, scale_search: Any
     check_damp(damp)
 
 
-def _solve_prepared(w, prepared, grid, act_order, block_size, scale_search, sweeps):
-    codes, scales, zeros, permutation, info = _solve(
-        w, prepared, grids.levels(grid), act_order, block_size, scale_search, sweeps
-    )
-    return pack(codes, scales, zeros, grid=grid, permutation=permutation, dtype=w.dtype), info
+def _packed(weights, prepared, grid, *options):
+    solved = _solve(tuple(weights), prepared, grids.levels(grid), *options)
+    return [
+        (pack(codes, scales, zeros, grid=grid, permutation=permutation, dtype=w.dtype), info)
+        for w, (codes, scales, zeros, permutation, info) in zip(weights, solved, strict=True)
+    ]
 
 
 @functools.partial(jax.jit, static_argnames=("group_length", "act_order", "block_size"))
@@ -177,12 +180,13 @@ def _prepare(hessian, group_length, damp, act_order, block_size):
 
 
 @functools.partial(jax.jit, static_argnames=("act_order", "block_size", "scale_search", "sweeps"))
-def _solve(w, prepared, grid, act_order, block_size, scale_search, sweeps):
-    """Codes in stored row order, scales, zeros, permutation or None, Info."""
+def _solve(weights, prepared, grid, act_order, block_size, scale_search, sweeps):
+    """For each weight: codes in stored row order, scales, zeros, permutation or None, Info."""
     inputs, slot_groups, factored, inverses, *_ = prepared
     block = Block(factored.lower, factored.pivots, inverses)
-    w = w.astype(jnp.float32)
-    in_features, out_features = w.shape
+    weights = [w.astype(jnp.float32) for w in weights]
+    together = jnp.concatenate(weights, axis=1)
+    in_features, out_features = together.shape
     group_length = grid.group_length(in_features)
     plan = _plan(in_features, group_length, block_size)
 
@@ -198,13 +202,12 @@ def _solve(w, prepared, grid, act_order, block_size, scale_search, sweeps):
         if factors is not None:
             solution = sweep(tile, solution, factored, factors, grid, plan.sizes, sweeps)
         # The loss is that of the damped Hessian; what was added to its diagonal comes off again.
-        added = jnp.sum(factored.added * jnp.sum(solution.errors**2, axis=1))
+        added = jnp.dot(factored.added, solution.errors**2, precision=HIGHEST)
         grids_used = rows or solution
-        return solution.codes, grids_used.scales, grids_used.zeros, jnp.sum(solution.loss), added
+        return solution.codes, grids_used.scales, grids_used.zeros, solution.loss[None], added[None]
 
-    *parts, loss, added = over_outputs(outputs, w)
-    codes, scales, zeros = (jnp.moveaxis(part, 0, 1).reshape(-1, out_features) for part in parts)
-    loss, added, output = jnp.sum(loss), jnp.sum(added), energy(prepared, (w,))
+    parts = over_outputs(outputs, together)
+    codes, scales, zeros, loss, added = (jnp.moveaxis(part, 0, 1).reshape(-1, out_features) for part in parts)
 
     codes = jnp.zeros((in_features, out_features), jnp.uint8).at[inputs].set(codes, mode="drop")
     permutation = None
@@ -217,18 +220,25 @@ def _solve(w, prepared, grid, act_order, block_size, scale_search, sweeps):
         codes = codes[permutation]
     groups = -(-in_features // group_length)
     scales, zeros = scales[:groups], zeros[:groups]
-    info = Info(
-        loss=loss,
-        relative_error=relative(loss - added, output),
-        output=output,
-        damp=factored.damp,
-        tokens=prepared.tokens,
-        dead_inputs=prepared.dead_inputs,
-        failed=factored.failed,
-        scales_at_limit=scales_at_limit(scales.astype(grid.scale_dtype)),
-        finite=jnp.all(jnp.isfinite(w)) & prepared.finite,
-    )
-    return codes, scales, zeros, permutation, info
+
+    def own(w, codes, scales, zeros, loss, added):
+        loss, output = jnp.sum(loss), energy(prepared, (w,))
+        info = Info(
+            loss=loss,
+            relative_error=relative(loss - jnp.sum(added), output),
+            output=output,
+            damp=factored.damp,
+            tokens=prepared.tokens,
+            dead_inputs=prepared.dead_inputs,
+            failed=factored.failed,
+            scales_at_limit=scales_at_limit(scales.astype(grid.scale_dtype)),
+            finite=jnp.all(jnp.isfinite(w)) & prepared.finite,
+        )
+        return codes, scales, zeros, permutation, info
+
+    ends = np.cumsum([w.shape[1] for w in weights])[:-1]
+    split = (jnp.split(values, ends, axis=1) for values in (codes, scales, zeros, loss, added))
+    return [own(*each) for each in zip(weights, *split, strict=True)]
 
 
 def _in_slots(d: Float[Array, "in out"], inputs: Int[Array, " slots"]) -> Float[Array, "slots out"]:

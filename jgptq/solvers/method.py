@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -49,6 +49,8 @@ class Method(Protocol):
     It may also have prepare(hessian, grid): what the solves of several weights on one Hessian share, which `solve` then
     gets in the Hessian's place, with `tokens`, `diagonal` and `energy(d)` as a Hessian has them. The Hessian is not
     kept.
+    It may have solve_all(weights, hessian, grid), which solves several such weights at once, for a list of what `solve`
+    gives.
     With `separable = True` it says that it solves each output for itself: where there are several devices, each then
     solves some of them.
     """
@@ -58,6 +60,15 @@ class Method(Protocol):
     def solve(self, w: Array, hessian: Hessian, grid: Grid) -> tuple[tensor.QuantizedTensor, Info]:
         """Solves one (in, out) weight; pure and traceable."""
         ...
+
+
+def solve_all(
+    method: Method, weights: Sequence[Array], hessian: Any, grid: Grid
+) -> list[tuple[tensor.QuantizedTensor, Info]]:
+    """Weights that see the same inputs, at once if the method can; hessian: as `Method.solve` takes it."""
+    if hasattr(method, "solve_all"):
+        return method.solve_all(weights, hessian, grid)
+    return [method.solve(w, hessian, grid) for w in weights]
 
 
 def check_weight(w: Array, grid: Grid) -> None:

@@ -16,9 +16,9 @@ import jgptq
 from jgptq import tensor
 from jgptq.models.language_model import LanguageModel
 from jgptq.models.llama import ARCHITECTURE, LlamaConfig
-from jgptq.quantize import _solve_matrix
 from jgptq.sharding import solve_by_outputs
 from jgptq.solvers.method import pack
+from jgptq.solves import solve_matrix
 
 GRID = jgptq.Grid(bits=4, group_size=16)
 RNG = np.random.default_rng(0)
@@ -124,7 +124,7 @@ class TestQuantize:
         shared = jax.device_put(METHOD.prepare(hessian, GRID), NamedSharding(mesh, P()))
 
         def solve(w, shared):
-            return solve_by_outputs(w, w, shared, solve=_solve_matrix, grid=GRID, method=METHOD, mesh=mesh)
+            return solve_by_outputs(w, w, shared, solve=solve_matrix, grid=GRID, method=METHOD, mesh=mesh)
 
         (weight, info, _), sent = ran(solve, w, shared)
         assert {how for _, how in sent} == {"all-reduce"}, sent
