@@ -346,7 +346,7 @@ def _work(graphs: list[Graph], counts: list[int], steps: list[list[Step]], numbe
 def _prepare_work(method: Any, n: int) -> float:
     """The Hessian's factor, for AWQ one for each scaling that is judged by a solve as well."""
     if isinstance(method, AWQ):
-        return _prepare_work(method.solver, n) + len(method.exponents) * _prepare_work(method.judge, n)
+        return _prepare_work(method.solver, n) + method.points * _prepare_work(method.judge, n)
     return n**3 / 3 if hasattr(method, "prepare") else 0.0
 
 
@@ -361,9 +361,9 @@ def _solve_work(n: int, outputs: int, grid: Grid, method: Any) -> float:
     if isinstance(method, AWQ):
         own = _solve_work(n, outputs, grid, method.solver)
         if method.judge is not None:
-            return own + len(method.exponents) * _solve_work(n, outputs, grid, method.judge)
+            return own + method.points * _solve_work(n, outputs, grid, method.judge)
         searched = getattr(method.solver, "scale_search", None) is not None
-        return own + len(method.exponents) * outputs * n * (n + _rounding_work(searched))
+        return own + method.points * outputs * n * (n + _rounding_work(searched))
     if isinstance(method, RTN):
         return outputs * n * (2 * n + _rounding_work(search is not None))
     if isinstance(method, OBQ):

@@ -251,7 +251,7 @@ def test_less_error_than_rounding_and_gptq_composes():
     assert both < awq
 
 
-@pytest.mark.parametrize("other", [None, RTN(), AWQ(solver=RTN(), exponents=((0.0, 0.0), (0.5, 0.5)))])
+@pytest.mark.parametrize("other", [None, RTN(), AWQ(solver=RTN(), points=2)])
 def test_finished_weights_give_the_same_result(other):
     """A run goes on after any weight: the scales of a step are those of its weights of one method that are done."""
     f, params, *_ = CASES["norm of two"]

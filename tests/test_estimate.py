@@ -177,7 +177,7 @@ def test_each_scaling_is_judged_by_a_solve():
     def solving(method):
         return dict(jgptq.estimate(network, shapes(), batches(), grid=GRID, method=method).flops)["solve"]
 
-    best, judge = jgptq.AWQ(solver=PLAIN, exponents=((0.5, 0.0),) * 5, judge=FOLLOWED), FOLLOWED
+    best, judge = jgptq.AWQ(solver=PLAIN, points=5, judge=FOLLOWED), FOLLOWED
     assert solving(best) == pytest.approx(solving(PLAIN) + 5 * solving(judge))
 
 

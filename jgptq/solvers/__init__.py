@@ -9,7 +9,6 @@ from jgptq.solvers.targets import Targets
 
 # With several scalings of the inputs, where these fold away, cheaper solves tell which is best.
 _JUDGE = GPTQ(scale_search="lp", sweeps=0)
-_EXPONENTS = ((0.0, 0.0), (0.0, 0.5), (0.0, 0.75), (0.0, 1.0), (0.2, 0.5), (0.2, 0.75), (0.2, 1.0), (0.4, 0.75))
 QUALITIES = ("fast", "balanced", "best")
 # What a method's name stands for, by quality. "fast" looks at each weight once; "balanced" takes at most three times
 # as long.
@@ -18,12 +17,12 @@ PRESETS: dict[str, dict[str, Method]] = {
     "gptq": {
         "fast": GPTQ(scale_search=None, sweeps=0, targets=None),
         "balanced": GPTQ(),
-        "best": AWQ(solver=GPTQ(), exponents=_EXPONENTS, judge=_JUDGE, input_scales=False),
+        "best": AWQ(solver=GPTQ(), points=5, judge=_JUDGE, input_scales=False),
     },
     "awq": {
         "fast": AWQ(solver=RTN()),
         "balanced": AWQ(),
-        "best": AWQ(solver=GPTQ(), exponents=_EXPONENTS, judge=_JUDGE),
+        "best": AWQ(solver=GPTQ(), points=5, judge=_JUDGE),
     },
     "obq": dict.fromkeys(QUALITIES, OBQ()),
 }

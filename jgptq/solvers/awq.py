@@ -1,9 +1,8 @@
 """AWQ: scale inputs so that the weights which matter most are rounded most finely, then round.
 
 The product is unchanged when an input is divided by s and its row of the weight multiplied by s, but the row's rounding
-error is divided by s. [Lin et al. 2024, section 3.2, eq. 4 and 5] Inputs of large activations get a large s, and here
-rows of small weights may, too; how much larger is searched. Whatever solver rounds the scaled weight sees the inputs
-x / s.
+error is divided by s. [Lin et al. 2024, section 3.2, eq. 4 and 5] Inputs of large activations get a large s; how much
+larger is searched. Whatever solver rounds the scaled weight sees the inputs x / s.
 """
 
 import dataclasses
@@ -24,16 +23,13 @@ from jgptq.solvers.rtn import RTN, nearest
 
 # A scale is at most this much above or below their geometric mean: float16 must hold what it goes into.
 MOST = 1024.0
-# The exponents of the paper's search: of activations alone.
-PAPER = tuple((k / 20, 0.0) for k in range(20))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AWQ:
     """The method value; see `awq_scales` for the search.
 
-    solver: what quantizes the scaled weight; GPTQ() composes.
-    exponents: pairs (α, β) to be tried: of the activations and of the weights themselves; the paper's unless given.
+    solver: what quantizes the scaled weight; GPTQ() composes. points: of the grid of exponents.
     judge: a Method value by whose output error exponents are judged; None: by that of rounding, as in the paper.
     input_scales: whether weights keep their scales (`QuantizedTensor.input_scales`) where these cannot go into what the
         inputs are computed from. False: such weights are not scaled, and have the solver's name in the report, with a
@@ -42,14 +38,15 @@ class AWQ:
     """
 
     solver: Any = dataclasses.field(default_factory=lambda: RTN(scale_search="lp"))
-    exponents: tuple[tuple[float, float], ...] = PAPER
+    points: int = 20
     judge: Any = None
     input_scales: bool = True
 
     def __post_init__(self):
         if not isinstance(self.solver, Method) or isinstance(self.solver, AWQ):
             raise TypeError(f"solver={self.solver!r}; give a Method value that does not scale, such as RTN() or GPTQ()")
-        _check_exponents(self.exponents)
+        if not isinstance(self.points, int) or self.points < 1:
+            raise ValueError(f"points={self.points!r}; give a positive integer")
         if not isinstance(self.judge, Method | None) or isinstance(self.judge, AWQ):
             raise TypeError(f"judge={self.judge!r}; give a Method value that does not scale, or None")
 
@@ -83,12 +80,12 @@ class AWQ:
             judged = dataclasses.replace(self, solver=self.judge)
             return judged._best_solved(list(weights), hessian, grid)
         search = "lp" if getattr(self.solver, "scale_search", None) else None
-        return awq_scales(weights, hessian, grid, exponents=self.exponents, scale_search=search)
+        return awq_scales(weights, hessian, grid, points=self.points, scale_search=search)
 
     def _best_solved(self, weights: list[Array], hessian: Hessian, grid: Grid | Iterable[Grid]) -> Float[Array, " in"]:
         """The candidate with the least output error of all weights, each solved with each."""
         grids = [grid] * len(weights) if isinstance(grid, Grid) else list(grid)
-        candidates = _candidates(hessian, weights, self.exponents)
+        candidates = _candidates(hessian, self.points)
         errors = []
         for scales in candidates:
             shared = {own: self.prepare(hessian, own, scales) for own in set(grids)}
@@ -154,28 +151,22 @@ def awq_scales(
     hessian: Hessian,
     grid: Grid | Iterable[Grid],
     *,
-    exponents: tuple[tuple[float, float], ...] = PAPER,
+    points: int = 20,
     scale_search: Literal[None, "lp"] = None,
 ) -> Float[Array, " in"]:
     """The scales s by which to divide the inputs that these weights share, and to multiply the weights' rows.
 
-    s = r^α / m^β over its geometric mean, with r the root mean square of each input and m that of each row of the
-    weights (each weight's over its own), for the one of `exponents` for which Σ tr(Eᵀ H E) is least, summed over the
-    weights, E = W - Q(diag(s) W) / s and Q rounding to nearest. Dead inputs have s = 1. Unless given, exponents are
-    the paper's: β = 0 and α = 0, 0.05, .. 0.95. [Lin et al. 2024, eq. 4 and 5] It takes the mean of |x| for r; the
-    Hessian's diagonal has the root mean square at no further pass over the data, and of the whole Hessian the error is
-    exact where the paper's search computes it on samples. A β above 0 lets the rows of a group, which share a grid,
-    be alike; on trained models it gains more than α where GPTQ rounds.
+    s = r^α over its geometric mean, with r the root mean square of each input and α the one of k / points, k = 0 ..
+    points - 1, for which Σ tr(Eᵀ H E) is least, summed over the weights, E = W - Q(diag(s) W) / s and Q rounding to
+    nearest. Dead inputs have s = 1. The paper takes the mean of |x| for r; the Hessian's diagonal has the root mean
+    square at no further pass over the data, and of the whole Hessian the error is exact where the paper's search
+    computes it on samples. [Lin et al. 2024, eq. 4 and 5]
 
-    grid: of all weights, or one for each. scale_search: of Q, as in `rtn`. Where no β is above 0, weights are taken one
-    after another.
+    grid: of all weights, or one for each. scale_search: of Q, as in `rtn`. Weights are taken one after another.
     """
-    _check_exponents(exponents)
-    if any(beta for _, beta in exponents):
-        weights = list(weights)
-    candidates = _candidates(hessian, weights if isinstance(weights, list) else [], exponents)
+    candidates = _candidates(hessian, points)
     grids = None if isinstance(grid, Grid) else iter(grid)
-    total = jnp.zeros(len(exponents), jnp.float32)
+    total = jnp.zeros(points, jnp.float32)
     for w in weights:
         own = grid if grids is None else next(grids)
         check_weight(w, own)
@@ -184,47 +175,20 @@ def awq_scales(
     return candidates[jnp.argmin(total)]
 
 
-def _check_exponents(exponents: Any) -> None:
-    def is_number(value):
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 2
-
-    if (
-        not isinstance(exponents, tuple)
-        or not exponents
-        or not all(isinstance(pair, tuple) and len(pair) == 2 and all(map(is_number, pair)) for pair in exponents)
-    ):
-        raise ValueError(
-            f"exponents={exponents!r}; give a tuple of pairs of numbers from 0 to 2, such as ((0.5, 0.0),)"
-        )
-
-
-@functools.partial(jax.jit, static_argnames="exponents")
-def _candidates(
-    hessian: Hessian, weights: Sequence[Float[Array, "in _"]], exponents: tuple[tuple[float, float], ...]
-) -> Float[Array, "candidates in"]:
-    def logs(squares):
-        """Of roots, less their mean over inputs; 0 where there is nothing."""
-        some = (diagonal > 0) & (squares > 0)
-        values = 0.5 * jnp.log(jnp.where(some, squares, 1.0))
-        return jnp.where(some, values - jnp.sum(values) / jnp.maximum(jnp.sum(some), 1), 0.0)
-
-    diagonal, rows = jnp.diagonal(hessian.total), jnp.ones(hessian.in_features, jnp.float32)
-    if weights and any(beta for _, beta in exponents):
-        squares = [jnp.mean(w.astype(jnp.float32) ** 2, axis=1) for w in weights]
-        rows = sum(each / jnp.maximum(jnp.mean(each), jnp.finfo(jnp.float32).tiny) for each in squares)
-    alphas, betas = jnp.asarray(exponents, jnp.float32).T
-    powers = alphas[:, None] * logs(diagonal)[None] - betas[:, None] * logs(rows)[None]
-    return jnp.clip(jnp.exp(powers), 1 / MOST, MOST)
+@functools.partial(jax.jit, static_argnames="points")
+def _candidates(hessian: Hessian, points: int) -> Float[Array, "points in"]:
+    diagonal = jnp.diagonal(hessian.total)
+    live = diagonal > 0
+    logs = 0.5 * jnp.log(jnp.where(live, diagonal, 1.0))
+    logs = jnp.where(live, logs - jnp.sum(logs) / jnp.maximum(jnp.sum(live), 1), 0.0)
+    exponents = jnp.arange(points, dtype=jnp.float32) / points
+    return jnp.clip(jnp.exp(exponents[:, None] * logs[None, :]), 1 / MOST, MOST)
 
 
 @functools.partial(jax.jit, static_argnames="scale_search")
 def _errors(
-    w: Float[Array, "in out"],
-    hessian: Hessian,
-    candidates: Float[Array, "candidates in"],
-    grid: Levels,
-    scale_search: Any,
-) -> Float[Array, " candidates"]:
+    w: Float[Array, "in out"], hessian: Hessian, candidates: Float[Array, "points in"], grid: Levels, scale_search: Any
+) -> Float[Array, " points"]:
     def errors(tile):
         def error(scales):
             rounded = nearest(scales[:, None] * tile, grid, scale_search)[-1] / scales[:, None]
