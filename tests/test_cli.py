@@ -90,7 +90,7 @@ def test_quantize_writes_a_directory_that_loads_and_its_report(home, packed, cap
     assert (kernel.bits, kernel.group_size, kernel.in_features) == (3, 16, 44)
     report = json.loads((packed / cli.REPORT_FILE).read_text())
     assert len(report["rows"]) == 14
-    assert (packed / cli.REPORT_PAGE).read_text().count("layers.1.self_attn.q_proj.kernel") > 0
+    assert (packed / cli.quantize.REPORT_PAGE).read_text().count("layers.1.self_attn.q_proj.kernel") > 0
     assert (packed / "tokenizer.json").is_file()
     assert not [path for path in home.iterdir() if "partial" in path.name]
 
@@ -323,7 +323,7 @@ def test_quantize_calibrates_on_conversations(home, chat, monkeypatch):
         seen.extend(np.asarray(tokens).tolist() for (tokens,) in batches)
         raise ValueError("enough")
 
-    monkeypatch.setattr(cli, "quantize", spy)
+    monkeypatch.setattr(cli.quantize, "quantize", spy)
     arguments = ["quantize", str(chat), str(home / "never"), "--calibration", str(home / "talk.jsonl"), "--no-pack"]
     arguments += ["--samples", "4", "--seq-len", "12", "--chat-template"]
     assert cli.main(arguments) == 2
@@ -429,7 +429,7 @@ def test_a_reader_that_leaves_early_is_no_error(home, packed):
 
 def test_json_is_valid_whatever_the_figures(home, packed, capsys, monkeypatch):
     arguments = ["eval", str(packed), "--text", str(home / "text.txt"), "--seq-len", "32", "--tokens", "40", "--json"]
-    monkeypatch.setattr(cli, "perplexity", lambda *_, **__: float("inf"))
+    monkeypatch.setattr(cli.text, "perplexity", lambda *_, **__: float("inf"))
     assert cli.main(arguments) == 0
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["perplexity"] == "inf"
 
@@ -653,25 +653,25 @@ def listeners(monkeypatch) -> list:
 @pytest.mark.parametrize(
     ("given", "set_to"),
     [
-        ("", cli.EMITTERS),
-        ("--xla_a=1", f"{cli.EMITTERS} --xla_a=1".strip()),
+        ("", cli.process.EMITTERS),
+        ("--xla_a=1", f"{cli.process.EMITTERS} --xla_a=1".strip()),
         ("--xla_cpu_use_fusion_emitters=true", "--xla_cpu_use_fusion_emitters=true"),
     ],
 )
 @pytest.mark.usefixtures("listeners")
 def test_settings_of_the_process_leave_what_the_caller_set(given, set_to, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", given)
-    cli._spare_memory()
+    cli.process.spare_memory()
     assert os.environ["XLA_FLAGS"].strip() == set_to
 
 
 def test_the_text_of_programs_goes_without_the_programs(monkeypatch, listeners, caplog):
     """A JAX that renames its caches fails here, and costs users nothing but memory."""
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-    cli._spare_memory()
+    cli.process.spare_memory()
     f = jax.jit(lambda x: x + 1)
     assert f(1.0) == 2
-    caches = cli._lowering_caches()
+    caches = cli.process.lowering_caches()
     assert len(caches) == 2
     listeners[0]("/jax/core/compile/backend_compile_duration", 1.0)
     assert not any(cache.cache_info().currsize for cache in caches)

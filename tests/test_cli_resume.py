@@ -134,14 +134,14 @@ def test_a_run_that_is_killed_while_it_saves_ends_in_the_same_bytes(home, whole)
 def assert_same_output(out, whole):
     names = sorted(file.name for file in whole.iterdir())
     assert sorted(file.name for file in out.iterdir()) == names
-    reports = {cli.REPORT_FILE, cli.REPORT_PAGE}
+    reports = {cli.REPORT_FILE, cli.quantize.REPORT_PAGE}
     assert reports <= set(names)
     for name in set(names) - reports:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     report, wanted = (read_report((directory / cli.REPORT_FILE).read_text()) for directory in (out, whole))
     assert len(report.rows) == WEIGHTS
     assert without_seconds(report) == without_seconds(wanted)
-    assert (out / cli.REPORT_PAGE).read_text() == report_html(report, title="model, quantized")
+    assert (out / cli.quantize.REPORT_PAGE).read_text() == report_html(report, title="model, quantized")
 
 
 @pytest.fixture(scope="module")
@@ -205,11 +205,11 @@ def test_an_interruption_that_is_swallowed_stops_after_the_weight(home, capsys, 
         numbers = dict.fromkeys(("loss", "relative_error", "rtn_error", "damp", "seconds"), 0.0)
         counts = dict.fromkeys(("bits", "group_size", "nbytes", "tokens"), 1)
         progress(
-            cli.Row(path="w", shape=(1,), method="rtn", symmetric=False, notes=(), **numbers, **counts), 1, WEIGHTS
+            jgptq.Row(path="w", shape=(1,), method="rtn", symmetric=False, notes=(), **numbers, **counts), 1, WEIGHTS
         )
         raise AssertionError("it went on")
 
-    monkeypatch.setattr(cli, "quantize", swallowing)
+    monkeypatch.setattr(cli.quantize, "quantize", swallowing)
     before = signal.getsignal(signal.SIGINT)
     assert cli.main(arguments(home, home / "none")) == 130
     assert capsys.readouterr().err == "jgptq: interrupted; nothing was written\n"
@@ -218,7 +218,7 @@ def test_an_interruption_that_is_swallowed_stops_after_the_weight(home, capsys, 
 
 def test_two_runs_to_one_output_are_refused(home, unfinished, capsys):
     identity = json.loads((journal_of(unfinished) / "identity.json").read_text())
-    with Journal(journal_of(unfinished), identity, row_type=cli.Row):
+    with Journal(journal_of(unfinished), identity, row_type=jgptq.Row):
         assert cli.main(arguments(home, unfinished)) == 2
     assert "is in use by another process; wait for it to end" in capsys.readouterr().err
 
@@ -228,7 +228,7 @@ def test_a_stop_before_the_first_weight_leaves_nothing(home, capsys, monkeypatch
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    monkeypatch.setattr(cli, "quantize", stop)
+    monkeypatch.setattr(cli.quantize, "quantize", stop)
     before = sorted(home.iterdir())
     assert cli.main(arguments(home, home / "none")) == 130
     assert capsys.readouterr().err == "jgptq: interrupted; nothing was written\n"
