@@ -6,6 +6,7 @@ by test_prepack.py and by benchmarks/gpu.py, on a GPU.
 
 import dataclasses
 import functools
+import re
 
 import emulated_mosaic
 import jax
@@ -30,28 +31,31 @@ def interpreter():
     return params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=True))
 
 
-# (bits, inputs, outputs, group size, symmetric, permuted), rows
+# (bits, inputs, outputs, group size, symmetric, permuted), rows, programs that share the inputs, the result's dtype
 PRODUCTS = [
-    ((4, 256, 130, 128, False, False), 3),
-    ((4, 200, 10, None, True, True), 1),
-    ((4, 160, 10, 64, False, True), 9),
-    ((2, 100, 10, 24, False, False), 2),
-    ((8, 72, 10, 32, False, False), 2),
-    ((4, 1024, 128, 256, True, False), 5),
+    ((4, 256, 130, 128, False, False), 3, 1, "float32"),
+    ((4, 200, 10, None, True, True), 1, 1, "float32"),
+    ((4, 160, 10, 64, False, True), 9, 1, "bfloat16"),
+    ((2, 100, 10, 24, False, False), 2, 1, "float16"),
+    ((8, 72, 10, 32, False, False), 2, 1, "float32"),
+    ((4, 2048, 128, 256, True, False), 5, 4, "bfloat16"),
 ]
 
 
-@pytest.mark.parametrize(("parts", "rows"), PRODUCTS, ids=str)
-def test_values_match_float64(parts, rows):
+@pytest.mark.parametrize(("parts", "rows", "split", "result"), PRODUCTS, ids=str)
+def test_values_match_float64(parts, rows, split, result):
     weight = make_weight(*parts)
     packed = jgptq.prepack(weight)
+    assert hopper.Plan.of(rows, packed).split == split
     x = jnp.asarray(np.random.default_rng(1).normal(size=(rows, weight.in_features)), jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(MESH), interpreter():
-        y = jax.jit(lambda x, w: hopper.matmul(x, w, jnp.float32, operations=emulated_mosaic))(x, packed)
+        y = jax.jit(lambda x, w: hopper.matmul(x, w, result, operations=emulated_mosaic))(x, packed)
+    assert y.dtype == result
     exact = np.asarray(x).astype(np.float64), np.asarray(weight.dequantize()).astype(np.float64)
-    # Products are exact and summed in float32: at worst one rounding a term.
+    # Products are exact and summed in float32: at worst one rounding a term; and one of the result.
     bound = weight.in_features * 2.0**-24 * (abs(exact[0]) @ abs(exact[1]) * 4)
-    assert (abs(np.asarray(y) - exact[0] @ exact[1]) <= bound).all()
+    bound += float(jnp.finfo(result).eps) * abs(exact[0] @ exact[1])
+    assert (abs(np.asarray(y).astype(np.float64) - exact[0] @ exact[1]) <= bound).all()
 
 
 def test_one_of_a_stack_is_read_where_it_is():
@@ -108,6 +112,15 @@ def test_it_lowers_for_cuda(product):
     rows = product[-2]
     x, weight = shapes(*product)
     assert kernels(lowered(functools.partial(jgptq.matmul, implementation="hopper"), x, weight)) == -(-rows // 128)
+
+
+@pytest.mark.parametrize("rows", [16, 128])
+def test_a_kernel_that_shares_no_inputs_writes_the_result(rows):
+    """Nothing is added, turned or rounded behind it."""
+    x, weight = shapes(4, 512, 14336, 64, True, rows, jnp.float16)
+    text = lowered(functools.partial(jgptq.matmul, implementation="hopper"), x, weight)
+    result = f"tensor<{rows}x14336xf16>"
+    assert re.search(rf"(%\d+) = stablehlo.custom_call @mosaic_gpu_v2.*-> {result}\n\s+return \1 : {result}", text)
 
 
 SMALL = (4, 256, 128, 32, False, 4, jnp.bfloat16)
