@@ -6,6 +6,7 @@ by test_prepack.py and by benchmarks/gpu.py, on a GPU.
 
 import dataclasses
 import functools
+import math
 import re
 
 import emulated_mosaic
@@ -199,15 +200,26 @@ class TestDispatch:
         used = [line for line in text.splitlines() if "dynamic_slice" in line and "ui32" in line]
         assert used == [], used
 
+    @pytest.mark.parametrize("layers", [None, 3])
     @pytest.mark.parametrize("rows", [2, 32])
-    def test_experts(self, rows):
-        """One after another, in a loop over their rows."""
+    def test_experts(self, rows, layers):
+        """One after another, in a loop over their rows; the kernel is given all codes, those of all layers too."""
         x, weight = shapes(*SMALL)
-        stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((8, *leaf.shape), leaf.dtype), weight)
+        lead = (8,) if layers is None else (layers, 8)
+        stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), weight)
         x, counts = jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype), jax.ShapeDtypeStruct((8,), jnp.int32)
-        text = lowered(grouped_matmul, x, stack, counts)
-        assert kernels(text) == 1
+
+        def product(x, stack, counts, layer):
+            weight = stack if layers is None else tensor.Element(stack=stack, index=layer)
+            return grouped_matmul(x, weight, counts)
+
+        text = lowered(product, x, stack, counts, jax.ShapeDtypeStruct((), jnp.int32))
+        (kernel,) = (line for line in text.splitlines() if "mosaic_gpu_v2" in line)
+        words, width = weight.codes.shape
+        assert f"tensor<{math.prod(lead) * words}x{width}xui32>" in kernel
         assert "stablehlo.while" in text
+        used = [line for line in text.splitlines() if "dynamic_slice" in line and "ui32" in line]
+        assert used == [], used
 
     def test_under_derivatives(self):
         x, weight = shapes(*SMALL)
