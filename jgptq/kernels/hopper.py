@@ -4,7 +4,8 @@ It computes yᵀ = Wᵀ xᵀ. Outputs are the rows of wgmma's left operand, whic
 columns of its right operand, in shared memory; so a few tokens waste nothing. One warpgroup fetches blocks of codes and
 inputs, two decode and multiply. Integers code - zero are exact in bfloat16 and float16; a group's product is
 scaled in float32. Where there are too few outputs to fill the GPU, several programs share the inputs, and their
-partial sums are added in a fixed order, so that results do not vary between runs.
+partial sums are added in a fixed order, so that results do not vary between runs; else the kernel writes the product
+itself, tokens first and in the dtype asked for.
 [Marlin: Frantar et al. 2024, for the regime and the idea of an order made for registers]
 """
 
@@ -26,6 +27,7 @@ MAX_TOKENS = 128  # of a tile; more rows are several products
 PROCESSORS = 132  # of an H100 or H200
 SHARED_MEMORY = 200 * 1024  # bytes of 227 KB that the stages of the pipeline may take
 WARPGROUPS = 2
+WRITTEN = ("float32", "bfloat16", "float16")  # dtypes that the kernel writes by itself
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,24 +78,41 @@ def matmul(
         index, weight = weight.index, weight.stack
     # With 8 bits and several groups a block, the sums of 128 tokens spill from the registers (benchmarks/sass.py).
     most = MAX_TOKENS // 2 if weight.stored_bits == 8 and weight.slots < BLOCK else MAX_TOKENS
-    chunks = [_chunk(x[start : start + most], weight, index, operations) for start in range(0, rows, most)]
+    written = result_dtype if jnp.dtype(result_dtype).name in WRITTEN else jnp.float32
+    chunks = [_chunk(x[start : start + most], weight, index, written, operations) for start in range(0, rows, most)]
     product = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks)
     return product.astype(result_dtype).reshape(*lead, weight.out_features)
 
 
-def _chunk(x: Array, weight: Prepacked, index: Array | None, operations: Any) -> Float[Array, "rows out"]:
-    """index: which of a stack of weights it is that x is multiplied by; None: weight is no stack."""
+def _chunk(
+    x: Array, weight: Prepacked, index: Array | None, result_dtype: Any, operations: Any
+) -> Float[Array, "rows out"]:
+    """index: which of a stack of weights it is that x is multiplied by; None: weight is no stack.
+
+    The result is in result_dtype, or in float32 where partial sums were added.
+    """
     plan = Plan.of(x.shape[0], weight)
     padded = jnp.pad(spread(x, weight), ((0, plan.tokens - x.shape[0]), (0, 0)))
     arrays = [array for array in (weight.codes, weight.scales, weight.zeros) if array is not None]
     rows = [array.reshape(-1, array.shape[-1]) for array in arrays]  # of a stack, one weight's after another's
     number = [] if index is None else [jnp.asarray(index, jnp.int32).reshape(1)]
-    partial = _kernel(plan, weight, x.dtype, operations, stacked=index is not None)(*number, padded, *rows)
-    return jnp.sum(partial, axis=0)[: weight.out_features, : x.shape[0]].T
+    if plan.split == 1:
+        out_type = jax.ShapeDtypeStruct((plan.tokens, weight.outputs), result_dtype)
+    else:
+        out_type = jax.ShapeDtypeStruct((plan.split, weight.outputs, plan.tokens), jnp.float32)
+    product = _kernel(plan, weight, x.dtype, out_type, operations, stacked=index is not None)(*number, padded, *rows)
+    if plan.split > 1:
+        product = jnp.sum(product, axis=0).T
+    return product[: x.shape[0], : weight.out_features]
 
 
-def _kernel(plan: Plan, weight: Prepacked, dtype: Any, operations: Any, *, stacked: bool) -> Any:
-    """([number in the stack,] inputs, codes, scales[, zeros]) -> float32 (split, outputs, tokens)."""
+def _kernel(
+    plan: Plan, weight: Prepacked, dtype: Any, out_type: jax.ShapeDtypeStruct, operations: Any, *, stacked: bool
+) -> Any:
+    """([number in the stack,] inputs, codes, scales[, zeros]) -> what out_type says.
+
+    That is the product, (tokens, outputs); or partial sums (split, outputs, tokens), if split is not 1.
+    """
     bits, size = weight.stored_bits, min(weight.slots, BLOCK)
     parts, steps, tile = BLOCK // size, weight.blocks // plan.split, WARPGROUPS * plan.outputs
     midpoint = 2 ** (weight.bits - 1)
@@ -117,8 +136,11 @@ def _kernel(plan: Plan, weight: Prepacked, dtype: Any, operations: Any, *, stack
 
         def around(pipeline):
             sums = pipeline(operations.zeros((plan.outputs, plan.tokens)))
-            start = column * tile + warpgroup * plan.outputs
-            result.at[share, pl.ds(start, plan.outputs)][...] = sums
+            written = pl.ds(column * tile + warpgroup * plan.outputs, plan.outputs)
+            if plan.split == 1:
+                operations.write_transposed(result.at[:, written], sums.astype(result.dtype))
+            else:
+                result.at[share, written][...] = sums
 
         first = share * steps
 
@@ -149,7 +171,7 @@ def _kernel(plan: Plan, weight: Prepacked, dtype: Any, operations: Any, *, stack
 
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((plan.split, weight.outputs, plan.tokens), jnp.float32),
+        out_type=out_type,
         grid=(weight.outputs // tile, plan.split),
         grid_names=("outputs", "split"),
         num_threads=WARPGROUPS + 1,

@@ -110,3 +110,9 @@ def multiply(weights, x):
 
 def zeros(shape):
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def write_transposed(ref, sums):
+    """Sums (outputs, tokens) into a (tokens, outputs) reference in the GPU's memory."""
+    # In this layout a thread has two neighbouring outputs, and not two tokens, so that it writes both at once.
+    transpose(ref)[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)

@@ -117,7 +117,7 @@ class LanguageModel:
             return params
         module = self._module(params)
         runs, prepacked = serving.arrange(module, stack_floats=stack_floats, donate=donate)
-        return serving.Arranged(params=_parameters(module), runs=runs, prepacked=prepacked)
+        return serving.Arranged(params=serving.keys_as_strings(_parameters(module)), runs=runs, prepacked=prepacked)
 
     def plain(self, params: Mapping | serving.Arranged) -> Mapping:
         """The exact inverse of `arranged`."""
@@ -149,7 +149,8 @@ class LanguageModel:
 
     def _module(self, params: Mapping | serving.Arranged) -> nnx.Module:
         if isinstance(params, serving.Arranged):
-            return nnx.merge(_arranged_graph(self.architecture, self.config, params.runs), params.params)
+            graph = _arranged_graph(self.architecture, self.config, params.runs)
+            return nnx.merge(graph, serving.keys_as_numbers(params.params))
         return nnx.merge(self._graph_and_shapes[0], params)
 
     @property

@@ -6,10 +6,12 @@ activations' dtype, except norms, rotations and softmax, which are in float32.
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -49,6 +51,14 @@ class Joined:
 
     weight: Any
     widths: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+jax.export.register_pytree_node_serialization(
+    Joined,
+    serialized_name="jgptq.Joined",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=lambda data: (tuple(json.loads(data)[0]),),
+)
 
 
 PACKED = tensor.QuantizedTensor | Prepacked | tensor.Element

@@ -7,10 +7,12 @@ makes a float32 model decode four times slower, so by default layers of which mu
 
 import collections
 import dataclasses
+import json
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -35,13 +37,41 @@ Runs = tuple[tuple[int, int], ...]
 class Arranged:
     """A model's parameters in the arrangement that LanguageModel.arranged gave them.
 
-    params: nested dicts, with a run's layers in the place of a layer. A leaf of a run that repeats is a stack.
+    params: nested dicts, with a run's layers in the place of a layer. A leaf of a run that repeats is a stack. Numbers
+        among the keys are strings here, for `jax.export` writes no others.
     prepacked: whether arranging also brought kernels to the order of `jgptq.prepack`.
     """
 
     params: Any
     runs: Runs = dataclasses.field(metadata={"static": True})
     prepacked: bool = dataclasses.field(metadata={"static": True}, default=False)
+
+
+def _static_from_json(data: bytes) -> tuple[Runs, bool]:
+    runs, prepacked = json.loads(data)
+    return tuple((period, repeats) for period, repeats in runs), prepacked
+
+
+jax.export.register_pytree_node_serialization(
+    Arranged,
+    serialized_name="jgptq.Arranged",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=_static_from_json,
+)
+
+
+def keys_as_strings(params: Any) -> Any:
+    """The same nested dicts with the numbers among their keys as strings."""
+    if not isinstance(params, dict):
+        return params
+    return {str(key): keys_as_strings(value) for key, value in params.items()}
+
+
+def keys_as_numbers(params: Any) -> Any:
+    """The inverse of `keys_as_strings`."""
+    if not isinstance(params, dict):
+        return params
+    return {int(key) if key.isdigit() else key: keys_as_numbers(value) for key, value in params.items()}
 
 
 class Repeated(nnx.Module):

@@ -23,3 +23,7 @@ def multiply(weights, x):
 
 def zeros(shape):
     return jnp.zeros(shape, jnp.float32)
+
+
+def write_transposed(ref, sums):
+    ref[...] = sums.T

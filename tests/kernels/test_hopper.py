@@ -6,6 +6,8 @@ by test_prepack.py and by benchmarks/gpu.py, on a GPU.
 
 import dataclasses
 import functools
+import math
+import re
 
 import emulated_mosaic
 import jax
@@ -30,28 +32,31 @@ def interpreter():
     return params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=True))
 
 
-# (bits, inputs, outputs, group size, symmetric, permuted), rows
+# (bits, inputs, outputs, group size, symmetric, permuted), rows, programs that share the inputs, the result's dtype
 PRODUCTS = [
-    ((4, 256, 130, 128, False, False), 3),
-    ((4, 200, 10, None, True, True), 1),
-    ((4, 160, 10, 64, False, True), 9),
-    ((2, 100, 10, 24, False, False), 2),
-    ((8, 72, 10, 32, False, False), 2),
-    ((4, 1024, 128, 256, True, False), 5),
+    ((4, 256, 130, 128, False, False), 3, 1, "float32"),
+    ((4, 200, 10, None, True, True), 1, 1, "float32"),
+    ((4, 160, 10, 64, False, True), 9, 1, "bfloat16"),
+    ((2, 100, 10, 24, False, False), 2, 1, "float16"),
+    ((8, 72, 10, 32, False, False), 2, 1, "float32"),
+    ((4, 2048, 128, 256, True, False), 5, 4, "bfloat16"),
 ]
 
 
-@pytest.mark.parametrize(("parts", "rows"), PRODUCTS, ids=str)
-def test_values_match_float64(parts, rows):
+@pytest.mark.parametrize(("parts", "rows", "split", "result"), PRODUCTS, ids=str)
+def test_values_match_float64(parts, rows, split, result):
     weight = make_weight(*parts)
     packed = jgptq.prepack(weight)
+    assert hopper.Plan.of(rows, packed).split == split
     x = jnp.asarray(np.random.default_rng(1).normal(size=(rows, weight.in_features)), jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(MESH), interpreter():
-        y = jax.jit(lambda x, w: hopper.matmul(x, w, jnp.float32, operations=emulated_mosaic))(x, packed)
+        y = jax.jit(lambda x, w: hopper.matmul(x, w, result, operations=emulated_mosaic))(x, packed)
+    assert y.dtype == result
     exact = np.asarray(x).astype(np.float64), np.asarray(weight.dequantize()).astype(np.float64)
-    # Products are exact and summed in float32: at worst one rounding a term.
+    # Products are exact and summed in float32: at worst one rounding a term; and one of the result.
     bound = weight.in_features * 2.0**-24 * (abs(exact[0]) @ abs(exact[1]) * 4)
-    assert (abs(np.asarray(y) - exact[0] @ exact[1]) <= bound).all()
+    bound += float(jnp.finfo(result).eps) * abs(exact[0] @ exact[1])
+    assert (abs(np.asarray(y).astype(np.float64) - exact[0] @ exact[1]) <= bound).all()
 
 
 def test_one_of_a_stack_is_read_where_it_is():
@@ -108,6 +113,15 @@ def test_it_lowers_for_cuda(product):
     rows = product[-2]
     x, weight = shapes(*product)
     assert kernels(lowered(functools.partial(jgptq.matmul, implementation="hopper"), x, weight)) == -(-rows // 128)
+
+
+@pytest.mark.parametrize("rows", [16, 128])
+def test_a_kernel_that_shares_no_inputs_writes_the_result(rows):
+    """Nothing is added, turned or rounded behind it."""
+    x, weight = shapes(4, 512, 14336, 64, True, rows, jnp.float16)
+    text = lowered(functools.partial(jgptq.matmul, implementation="hopper"), x, weight)
+    result = f"tensor<{rows}x14336xf16>"
+    assert re.search(rf"(%\d+) = stablehlo.custom_call @mosaic_gpu_v2.*-> {result}\n\s+return \1 : {result}", text)
 
 
 SMALL = (4, 256, 128, 32, False, 4, jnp.bfloat16)
@@ -186,15 +200,26 @@ class TestDispatch:
         used = [line for line in text.splitlines() if "dynamic_slice" in line and "ui32" in line]
         assert used == [], used
 
+    @pytest.mark.parametrize("layers", [None, 3])
     @pytest.mark.parametrize("rows", [2, 32])
-    def test_experts(self, rows):
-        """One after another, in a loop over their rows."""
+    def test_experts(self, rows, layers):
+        """One after another, in a loop over their rows; the kernel is given all codes, those of all layers too."""
         x, weight = shapes(*SMALL)
-        stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((8, *leaf.shape), leaf.dtype), weight)
+        lead = (8,) if layers is None else (layers, 8)
+        stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), weight)
         x, counts = jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype), jax.ShapeDtypeStruct((8,), jnp.int32)
-        text = lowered(grouped_matmul, x, stack, counts)
-        assert kernels(text) == 1
+
+        def product(x, stack, counts, layer):
+            weight = stack if layers is None else tensor.Element(stack=stack, index=layer)
+            return grouped_matmul(x, weight, counts)
+
+        text = lowered(product, x, stack, counts, jax.ShapeDtypeStruct((), jnp.int32))
+        (kernel,) = (line for line in text.splitlines() if "mosaic_gpu_v2" in line)
+        words, width = weight.codes.shape
+        assert f"tensor<{math.prod(lead) * words}x{width}xui32>" in kernel
         assert "stablehlo.while" in text
+        used = [line for line in text.splitlines() if "dynamic_slice" in line and "ui32" in line]
+        assert used == [], used
 
     def test_under_derivatives(self):
         x, weight = shapes(*SMALL)

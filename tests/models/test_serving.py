@@ -6,6 +6,7 @@ import importlib
 import itertools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -251,6 +252,19 @@ def test_one_layer_is_compiled_and_calls_the_kernel_for_each_product():
     assert not [line for line in text.splitlines() if "dynamic_slice" in line and "xui32>" in line]
 
 
+@pytest.mark.parametrize("order", [lambda params: params, jgptq.prepack], ids=["stored", "prepacked"])
+def test_an_exported_step_gives_the_same_logits(order):
+    model = language_model(num_hidden_layers=12)  # more than a sort of their names as text would leave in order
+    params = order(model.arranged(random_params(model, grid_of=lambda names: None if names[2:3] == [5] else GRID)))
+    assert params.runs == ((1, 5), (1, 1), (1, 6))
+    tokens, place = jnp.ones(2, jnp.int32), jnp.full(2, 4, jnp.int32)
+    _, cache = jax.jit(functools.partial(model.prefill, capacity=8))(params, jnp.ones((2, 4), jnp.int32), place)
+    step = jax.jit(model.step)
+    written = jax.export.export(step)(*jax.eval_shape(lambda: (params, tokens, place, cache))).serialize()
+    again = jax.export.deserialize(written).call(params, tokens, place, cache)
+    assert_same(again, step(params, tokens, place, cache))
+
+
 def test_generate_arranges_a_deep_model_and_gives_the_same_tokens(monkeypatch):
     module = importlib.import_module("jgptq.generate")
     model = language_model()
@@ -346,7 +360,7 @@ def test_projections_of_other_forms_stay_apart():
 
 def test_what_is_joined():
     model = language_model()
-    layer = jgptq.prepack(model.arranged(random_params(model))).params["model"]["layers"][0]["layers"][0]
+    layer = jgptq.prepack(model.arranged(random_params(model))).params["model"]["layers"]["0"]["layers"]["0"]
     attention, mlp = layer["self_attn"], layer["mlp"]
     assert isinstance(attention["q_proj"]["kernel"].weight, Prepacked)
     for joined, widths in ((attention["q_proj"]["kernel"], (32, 16, 16)), (mlp["gate_proj"]["kernel"], (48, 48))):
