@@ -33,13 +33,22 @@ def over_columns(f: Callable, matrix: Float[Array, "in out"]) -> Float[Array, "i
 def add_product(
     total: Float[Array, "rows columns"], x: Float[Array, "tokens rows"], y: Float[Array, "tokens columns"]
 ) -> Float[Array, "rows columns"]:
-    """total + xᵀ y, some rows after others, in the place of the total; in float32 or what the arrays have."""
-    size = panel_size(total.shape[0])
+    """total + xᵀ y, some rows after others, in the place of the total; in float32 or what the arrays have.
+
+    Where x is bfloat16 and y float32, y is the sum of two bfloat16 parts but for 2⁻¹⁶ of itself: two products at the
+    speed of a GPU's tensor cores, which is an order of magnitude above that of one in float32.
+    """
+    size, parts = panel_size(total.shape[0]), [y]
+    if x.dtype == jnp.bfloat16 and y.dtype == jnp.float32:
+        # Not by a conversion to bfloat16 and back, which XLA may take out.
+        high = lax.reduce_precision(y, exponent_bits=8, mantissa_bits=7)
+        parts = [high.astype(x.dtype), (y - high).astype(x.dtype)]
 
     def panel(i, total):
-        part = lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
-        product = jnp.dot(part.T, y, precision=lax.Precision.HIGHEST, preferred_element_type=total.dtype)
-        rows = lax.dynamic_slice_in_dim(total, i * size, size) + product
-        return lax.dynamic_update_slice_in_dim(total, rows, i * size, axis=0)
+        rows = lax.dynamic_slice_in_dim(x, i * size, size, axis=1).T
+        own = lax.dynamic_slice_in_dim(total, i * size, size)
+        for part in parts:
+            own += jnp.dot(rows, part, precision=lax.Precision.HIGHEST, preferred_element_type=total.dtype)
+        return lax.dynamic_update_slice_in_dim(total, own, i * size, axis=0)
 
     return lax.fori_loop(0, total.shape[0] // size, panel, total)

@@ -36,6 +36,17 @@ def test_a_product_is_added(rows):
     np.testing.assert_allclose(add_product(*map(jnp.asarray, (total, x, y))), exact, rtol=1e-5, atol=1e-5)
 
 
+def test_a_product_with_narrow_inputs_loses_next_to_nothing():
+    x, y = jnp.asarray(normal(200, 3)).astype(jnp.bfloat16), normal(200, 5)
+    exact = np.asarray(x, np.float64).T @ y
+    sizes = np.abs(np.asarray(x, np.float64)).T @ np.abs(y)
+    added = add_product(jnp.zeros((3, 5)), x, jnp.asarray(y))
+    assert np.max(np.abs(added - exact) / sizes) < 2**-16
+    text = str(jax.make_jaxpr(add_product)(jnp.zeros((3, 5)), x, y))
+    assert text.count("dot_general") == 2
+    assert "f32[200,3]" not in text
+
+
 @pytest.mark.parametrize("columns", [3, PANEL + 8])
 def test_a_function_of_columns_goes_over_all(columns):
     matrix = normal(4, columns)

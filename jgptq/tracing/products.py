@@ -249,7 +249,7 @@ def _add_cross(total: jax.Array, x: jax.Array, other: jax.Array, weights: jax.Ar
     drift = other.astype(jnp.float32) - x.astype(jnp.float32)
     drift = drift if weights is None else drift * weights[:, None]
     add = add_product if x.ndim == 2 else jax.vmap(add_product)
-    return add(total, x.astype(jnp.float32), drift)
+    return add(total, x, drift)
 
 
 def _floating(x: jax.Array) -> jax.Array:
