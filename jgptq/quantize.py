@@ -181,6 +181,7 @@ def _quantize(
             on_host=offload == "host",
             follow_float=follow_float,
             correct_biases=correct_biases,
+            merge=loss is None,
             phases=phases,
             reader=reader,
         )
