@@ -21,8 +21,8 @@ from jgptq.tracing.rows import same_value, treats_rows_apart
 
 # Bytes alive in a batch on a CPU, where larger ones only leave its caches (docs/memory.md).
 CPU_BATCH = 64 << 20
-# The same on accelerators, whatever they have: products of more gain nothing, and no array has 2³¹ elements.
-MOST = 16 << 30
+# The same on accelerators, whatever they have: products of more gain nothing.
+MOST = 8 << 30
 # Rows that a function is traced at to see what it does with them, and of the second trace, which is of all rows if
 # there are no more than these.
 FEW, MANY = 2, 64
@@ -51,20 +51,18 @@ class Cut:
         """The batches themselves."""
         leaves = [jax.tree.leaves(batch) for batch in batches]
         tree = jax.tree.structure(batches[self.pieces[0][0].batch])
-        return [
-            jax.tree.unflatten(
-                tree,
-                [
-                    _joined([_rows(leaves[piece.batch][number], piece) for piece in (pieces if split else pieces[:1])])
-                    for number, split in enumerate(self.has_rows)
-                ],
-            )
-            for pieces in self.pieces
-        ]
+
+        def joined(number: int, pieces: list[Piece]) -> Any:
+            if not self.has_rows[number]:
+                return leaves[pieces[0].batch][number]
+            return _joined([_rows(leaves[piece.batch][number], piece) for piece in pieces])
+
+        numbers = range(len(self.has_rows))
+        return [jax.tree.unflatten(tree, [joined(number, pieces) for number in numbers]) for pieces in self.pieces]
 
 
 def _rows(leaf: Any, piece: Piece) -> Any:
-    if piece.stop is None or (piece.start, piece.stop) == (0, leaf.shape[0]):
+    if (piece.start, piece.stop) == (0, leaf.shape[0]):
         return leaf
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf)[piece.start : piece.stop]
@@ -218,9 +216,7 @@ class _Divided:
         """Whether the function does to this many rows what it does to each."""
         try:
             graphs = self.graph(FEW), self.graph(rows)
-        except (
-            Exception
-        ):  # f takes no such batch, whatever it says of it; if it takes none, that of the caller will tell
+        except Exception:  # f takes no such batch; whatever is wrong with those of the caller, these will tell
             return False
         return rows == FEW or treats_rows_apart(*graphs, (FEW, rows), self.has_rows)
 

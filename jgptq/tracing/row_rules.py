@@ -66,7 +66,7 @@ def _less(key: str) -> Rule:
 
 
 def _axes(value: Any) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
+    return tuple(map(int, value if isinstance(value, tuple | list) else (value,)))
 
 
 def _apart(key: str) -> Rule:

@@ -71,11 +71,11 @@ class _Followed:
             )
             return COMMON if same else MIXED
         if own not in self.states:
-            self.put(own, other, COMMON if self._issame_value(own, other) else MIXED)
+            self.put(own, other, COMMON if self._is_given(own, other) else MIXED)
         paired, state = self.states[own]
         return state if paired is other else MIXED
 
-    def _issame_value(self, own: jex.Var, other: jex.Var) -> bool:
+    def _is_given(self, own: jex.Var, other: jex.Var) -> bool:
         """Of variables that no equation makes: the same part of a leaf, or equal constants."""
         small, large = self.graphs
         if own in small.parts:
