@@ -52,7 +52,8 @@ class Executor:
         phases: Phases = UNMEASURED,
         reader: Reader | None = None,
     ):
-        """merge: run batches of one device joined and cut anew, where that changes nothing; otherwise as they are.
+        """merge: join batches on one device and cut them anew, where rows do not meet; `weigh` and `outputs` are of
+        the batches that are run, so where these are asked for it stays False.
 
         reader: reads lazy leaves, those of the next step ahead of time; its owner closes it. None: none ahead."""
         self._phases, self._reader = phases, reader
