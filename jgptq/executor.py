@@ -55,7 +55,8 @@ class Executor:
         """merge: join batches on one device and cut them anew, where rows do not meet; `weigh` and `outputs` are of
         the batches that are run, so where these are asked for it stays False.
 
-        reader: reads lazy leaves, those of the next step ahead of time; its owner closes it. None: none ahead."""
+        reader: reads lazy leaves, those of the next step ahead of time; its owner closes it. None: none ahead.
+        """
         self._phases, self._reader = phases, reader
         batches = checked_batches(batches)
         self.mesh = common_mesh(batches, params)

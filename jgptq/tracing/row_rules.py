@@ -167,7 +167,7 @@ def _dot(equation, states, rows) -> State:
     return _along(found)
 
 
-def _free(aval: Any, *taken: Sequence[int]) -> list[int]:
+def _free(aval: Any, *taken: Any) -> list[int]:
     return [axis for axis in range(len(aval.shape)) if not any(axis in axes for axes in taken)]
 
 
@@ -183,7 +183,8 @@ def _gather(equation, states, rows) -> State:
     by_index = [axis for axis in range(ndim) if axis not in numbers.offset_dims]
     if isinstance(state, Rows) and not isinstance(indices, Rows):
         sliced = _free(equation.invars[0].aval, numbers.collapsed_slice_dims, numbers.operand_batching_dims)
-        if state.axis not in sliced or state.axis in numbers.start_index_map:
+        whole = equation.params["slice_sizes"][state.axis] == equation.invars[0].aval.shape[state.axis]
+        if not whole or state.axis not in sliced or state.axis in numbers.start_index_map:
             return MIXED
         return state.at(numbers.offset_dims[sliced.index(state.axis)])
     if indices.axis >= len(by_index):
@@ -201,12 +202,13 @@ def _scatter(equation, states, rows) -> State:
         return MIXED
     if not isinstance(indices, Rows):
         window = _free(equation.invars[0].aval, numbers.inserted_window_dims, numbers.operand_batching_dims)
-        if state.axis not in window or state.axis in numbers.scatter_dims_to_operand_dims:
+        whole = equation.invars[0].aval.shape[state.axis] == equation.invars[2].aval.shape[updates.axis]
+        if not whole or state.axis not in window or state.axis in numbers.scatter_dims_to_operand_dims:
             return MIXED
         return state if numbers.update_window_dims[window.index(state.axis)] == updates.axis else MIXED
     by_index = _free(equation.invars[2].aval, numbers.update_window_dims)
     pairs = zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True)
-    apart = (state.axis, indices.axis) in pairs and by_index.index(updates.axis) == indices.axis
+    apart = (state.axis, indices.axis) in pairs and by_index[indices.axis : indices.axis + 1] == [updates.axis]
     return state if apart and indices.outer == state.outer else MIXED
 
 

@@ -54,6 +54,17 @@ def switched(x):
     return lax.cond(jnp.sum(CONSTANT) > 0, jnp.sin, jnp.cos, lax.fori_loop(0, 3, lambda i, x: x * 0.5 + i, x))
 
 
+def half_of_all(x, write=False):
+    """The first half of all tokens; or something added there."""
+    flat = x.reshape(-1, WIDTH)
+    half, zero = flat.shape[0] // 2, jnp.zeros((1,), jnp.int32)
+    if write:
+        numbers = lax.ScatterDimensionNumbers((0,), (1,), (1,))
+        return lax.scatter_add(flat, zero, x[:, : TOKENS // 2, 0].reshape(half), numbers).reshape(x.shape)
+    numbers = lax.GatherDimensionNumbers(offset_dims=(0, 1), collapsed_slice_dims=(), start_index_map=(1,))
+    return lax.gather(flat, zero, numbers, (half, WIDTH))
+
+
 def tokens_of_all(x):
     flat = x.reshape(-1, WIDTH)
     shares, choices = lax.top_k(jax.nn.softmax(flat @ CONSTANT.T), 2)
@@ -74,6 +85,7 @@ APART = {
     "rolled tokens": lambda x: jnp.roll(x, 1, axis=1)[..., ::-1],
     "padded": lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1] + jnp.repeat(x[:, ::2], 2, axis=1),
     "written in places": lambda x: x.at[:, 1:].set(x[:, :-1]).at[:, 0, jnp.array([1, 2])].add(1.0),
+    "written in each row": jax.vmap(lambda row: row.at[jnp.argmax(row[:, 0])].add(row[0])),
     "updated": lambda x: lax.dynamic_update_slice(x, 2 * x[:, :2], (0, 1, 0)),
     "taken along": lambda x: jnp.take_along_axis(x, jnp.argsort(x, axis=1), axis=1),
     "gathered": lambda x: x[:, jnp.array([2, 0, 1, 3])] + CONSTANT[jnp.argmax(x, -1) % TOKENS],
@@ -110,6 +122,8 @@ MIXED = {
     "a loop until all rows are there": lambda x: lax.while_loop(lambda y: jnp.sum(abs(y)) < 300, lambda y: 1.5 * y, x),
     "rows chosen by value": lambda x: x[jnp.argsort(x[:, 0, 0])],
     "written by row": lambda x: x.at[0].set(0.0),
+    "half of all tokens": half_of_all,
+    "half of all tokens, written": functools.partial(half_of_all, write=True),
     "noise": lambda x: x + jax.random.normal(jax.random.key(0), x.shape),
     "other code for many rows": lambda x: jnp.sin(x) if x.shape[0] > 3 else jnp.cos(x),
     "windows over rows": lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (2, 1, 1), (1, 1, 1), "SAME"),
