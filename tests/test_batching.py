@@ -63,7 +63,7 @@ def shapes(f, params, batches, room=ROOM):
 
 def room_for(monkeypatch, f, params, batch):
     """Such a batch just fits."""
-    monkeypatch.setattr(batching, "CPU_BATCH", max(costs(trace(f, params, *batch)).working))
+    monkeypatch.setattr(batching, "CPU_BATCH", costs(trace(f, params, *batch)).most)
 
 
 @pytest.mark.parametrize("most", [8, 3], ids=["all at once", "three at once"])
@@ -126,6 +126,17 @@ def test_an_input_without_rows_may_be_as_long_as_a_batch():
     batches = [(table, rows[:4]), (table, rows[4:])]
     (cut,) = largest(f, w, batches, ROOM)
     jax.tree.map(np.testing.assert_array_equal, cut.of(batches), [(table, rows)])
+
+
+def test_a_function_that_takes_no_single_row_gets_none(monkeypatch):
+    def several(w, x):
+        if x.shape[0] < 2:
+            raise ValueError("give several rows")
+        return x @ w
+
+    w, batches = normal(6, WIDTH, 4), cut(normal(7, 7, WIDTH), (5, 2))
+    monkeypatch.setattr(batching, "CPU_BATCH", 0)
+    assert shapes(several, w, batches) == [(5, WIDTH), (2, WIDTH)]
 
 
 def test_batches_of_other_lengths_are_joined_with_their_like():

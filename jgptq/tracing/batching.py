@@ -148,7 +148,7 @@ def _largest(f: Callable, params: Any, batches: dict[int, tuple], room: Room) ->
         ((number, batch),) = batches.items()
         graph = trace(f, params, *batch)
         cost = costs(graph)
-        if max(cost.working, default=0) <= room.of_batch(cost):
+        if cost.most <= room.of_batch(cost):
             return [_whole(graph, [number])]
     found = (_Divided(f, params, batches, has_rows).cuts(room) for has_rows in _guesses(list(batches.values())))
     return next(filter(None, found), None)
@@ -201,24 +201,22 @@ class _Divided:
             return between(*cost, (FEW, other), rows)
 
         space = room.of_batch(cost_of(self.total))
-        too_many = bisect.bisect_right(
-            range(1, self.total + 1), space, key=lambda rows: max(cost_of(rows).working, default=0)
-        )
-        size = _size(max(too_many, 1), self.total)
+        most = bisect.bisect_right(range(1, self.total + 1), space, key=lambda rows: cost_of(rows).most)
+        size = _size(max(most, 1), self.total)
         last = self.total % size
-        if not all(map(self._treats_apart, {size, last or size} - {1})):
+        if not all(map(self._treats_apart, {size, last or size} - {other})):
             return None
         pieces = self._pieces(size)
         full, rest = (pieces[:-1], pieces[-1:]) if last else (pieces, [])
         return [Cut(self.graph(rows), own, self.has_rows) for rows, own in ((size, full), (last, rest)) if own]
 
     def _treats_apart(self, rows: int) -> bool:
-        """Whether the function does to this many rows what it does to each."""
+        """Whether the function does to this many rows what it does to each; one row it need only take."""
         try:
             graphs = self.graph(FEW), self.graph(rows)
         except Exception:  # f takes no such batch; whatever is wrong with those of the caller, these will tell
             return False
-        return rows == FEW or treats_rows_apart(*graphs, (FEW, rows), self.has_rows)
+        return rows in (1, FEW) or treats_rows_apart(*graphs, (FEW, rows), self.has_rows)
 
     def _pieces(self, size: int) -> list[list[Piece]]:
         """All rows in order, so many at a time."""

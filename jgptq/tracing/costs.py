@@ -80,13 +80,19 @@ def _alive(graph: Graph, start: int, stop: int) -> Iterator[int]:
 class Costs(NamedTuple):
     """Bytes of one batch on its way to the last product with a weight.
 
-    working: alive before and after each equation. waiting: between segments, where each weight is first needed.
+    working: its inputs, and what is alive before and after each equation. waiting: between segments, where each weight
+    is first needed.
     hessian: of the largest one.
     """
 
     working: list[int]
     waiting: list[int]
     hessian: int
+
+    @property
+    def most(self) -> int:
+        """Bytes that are alive at once."""
+        return max(self.working)
 
 
 def costs(graph: Graph) -> Costs:
@@ -101,7 +107,7 @@ def costs(graph: Graph) -> Costs:
     hessians = [math.prod(part.layout.sizes(part.layout.batch_axes)) * part.layout.in_features**2 for part in parts]
     waiting = list(itertools.accumulate(changes))
     return Costs(
-        working=list(_alive(graph, 0, stop)),
+        working=[sum(map(nbytes, graph.inputs)) + alive for alive in (0, *_alive(graph, 0, stop))],
         waiting=[waiting[start] for start in sorted({part.start for part in parts})],
         hessian=4 * max(hessians, default=0),
     )
