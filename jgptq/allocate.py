@@ -63,7 +63,7 @@ def allocate(
     grids = _checked_grids(grids)
     given = checked_rules(rules or ())
     default = settings_of(grids[0], method, quality)[1]
-    executor = Executor(f, params, batches)
+    executor = Executor(f, params, batches, merge=loss is None)
     complete = [(pattern, _with_method(options, default, quality)) for pattern, options in given]
     plan = chosen_sites(executor.sites, None, default, complete)
     sites = {site.leaf: site for site in executor.sites if site.leaf in plan}

@@ -21,12 +21,14 @@ import numpy as np
 from jgptq.executor import checked_batches, is_lazy, part_key
 from jgptq.grid import SHRINKS, Grid
 from jgptq.panels import PANEL
+from jgptq.partition import common_mesh
 from jgptq.quantize import Rule, check_offload, checked_rules, chosen_sites, completed, settings_of
 from jgptq.solvers import AWQ, OBQ, RTN, Method
 from jgptq.solvers.method import TILE, outputs_at_once
 from jgptq.tensor import QuantizedTensor, from_codes
+from jgptq.tracing.batching import Room, as_given, largest
 from jgptq.tracing.costs import elements, flops, last_reads, parts_read, waiting_bytes, working_bytes
-from jgptq.tracing.graph import Graph, Part, Site, Step, as_abstract, leaf_paths, trace
+from jgptq.tracing.graph import Graph, Part, Site, Step, as_abstract, leaf_paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,21 +86,28 @@ def estimate(
 ) -> Estimate:
     """What `quantize` with the same arguments will take on one device; nothing is read, and one small product computed.
 
-    params, batches: as for `quantize`, or jax.ShapeDtypeStructs in place of arrays. Batches of one shape are one
-    trace, however many. A Flax NNX module takes the place of f and params.
+    params, batches: as for `quantize`, or jax.ShapeDtypeStructs in place of arrays; batches are joined and cut as
+    there. A Flax NNX module takes the place of f and params.
     lazy: whether parameters are read when needed; None: each leaf of params as it is, shapes counting as lazy.
     kept: whether `quantize` keeps packed weights in memory, as it does without `finished=`.
     """
     grid, method = settings_of(Grid() if grid is None else grid, method, quality)
     check_offload(offload)
     rules = [(pattern, completed(options, grid, method, quality)) for pattern, options in checked_rules(rules or ())]
-    shapes, counts = _counted(batches)
-    graphs = [trace(f, params, *batch) for batch in shapes]
+    batches = checked_batches(batches, shapes=True)
+    leaves = [leaf for _, leaf in leaf_paths(params)]
+    read_late = [is_lazy(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) if lazy is None else lazy for leaf in leaves]
+    methods = [method, *(options.method for _, options in rules if options)]
+    room = Room(
+        parameters=sum(_nbytes(leaf) for leaf, late in zip(leaves, read_late, strict=True) if not late),
+        models=2 if any(map(_follows, methods)) else 1,
+        on_host=offload == "host",
+    )
+    cuts = largest(f, params, batches, room) if common_mesh(batches, params) is None else as_given(f, params, batches)
+    graphs, counts = [cut.graph for cut in cuts], [len(cut.pieces) for cut in cuts]
     sites = graphs[0].sites
     plan = chosen_sites(sites, grid, method, rules)
     chosen = {site.leaf: site for site in sites if site.leaf in plan}
-    leaves = [leaf for _, leaf in leaf_paths(params)]
-    read_late = [is_lazy(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) if lazy is None else lazy for leaf in leaves]
     packed = {(leaf, part.index): _packed_bytes(part, plan[leaf][0]) for leaf in chosen for part in chosen[leaf].parts}
     model = _Memory(graphs, counts, leaves, packed, plan, lazy=read_late, kept=kept, on_host=offload == "host")
     steps = [list(step) for step in zip(*(graph.steps(plan) for graph in graphs), strict=True)]
@@ -140,18 +149,6 @@ def matmul_rate(size: int = 1024, repeats: int = 3) -> float:
         product(x, w).block_until_ready()
         best = min(best, time.perf_counter() - started)
     return 8 * size**3 / best
-
-
-def _counted(batches: Iterable[Any]) -> tuple[list[tuple], list[int]]:
-    """The shapes of batches that differ in them, and how many there are of each."""
-    counts: dict[Any, int] = {}
-    for batch in checked_batches(batches, shapes=True):
-        leaves, tree = jax.tree.flatten(batch)
-        key = tree, tuple((np.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in leaves)
-        counts[key] = counts.get(key, 0) + 1
-    return [
-        jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves]) for tree, leaves in counts
-    ], list(counts.values())
 
 
 def _nbytes(leaf: Any) -> int:

@@ -17,10 +17,11 @@ from jgptq.reader import Key, Reader
 from jgptq.solvers.bias import bias_correction
 from jgptq.solvers.targets import Drift
 from jgptq.tensor import Index
+from jgptq.tracing.batching import Room, as_given, largest
 from jgptq.tracing.bias import find_bias
 from jgptq.tracing.folding import Fold, Sources
 from jgptq.tracing.gradients import Loss, normalized
-from jgptq.tracing.graph import Part, Read, Site, Step, leaf_paths, trace
+from jgptq.tracing.graph import Part, Read, Site, Step, leaf_paths
 from jgptq.tracing.products import Dot, Product, empty_hessian
 from jgptq.tracing.residual import Added, Outputs
 from jgptq.tracing.segments import Program
@@ -47,10 +48,15 @@ class Executor:
         on_host: bool = False,
         follow_float: bool = False,
         correct_biases: bool = False,
+        merge: bool = False,
         phases: Phases = UNMEASURED,
         reader: Reader | None = None,
     ):
-        """reader: reads lazy leaves, those of the next step ahead of time; its owner closes it. None: none ahead."""
+        """merge: join batches on one device and cut them anew, where rows do not meet; `weigh` and `outputs` are of
+        the batches that are run, so where these are asked for it stays False.
+
+        reader: reads lazy leaves, those of the next step ahead of time; its owner closes it. None: none ahead.
+        """
         self._phases, self._reader = phases, reader
         batches = checked_batches(batches)
         self.mesh = common_mesh(batches, params)
@@ -69,13 +75,19 @@ class Executor:
         self._correct_biases = correct_biases
         self._means: list[jax.Array] = []
         self.biases: dict[tuple[int, Index], jax.Array] = {}
-        by_shape: dict[Any, list] = {}
-        for batch in batches:
-            by_shape.setdefault(_signature(batch), []).append(batch)
+        if merge and self.mesh is None:
+            room = Room(
+                parameters=sum(leaf.nbytes for leaf in self._leaves if hasattr(leaf, "nbytes") and not is_lazy(leaf)),
+                models=2 if follow_float else 1,
+                on_host=on_host,
+            )
+            cuts = largest(f, params, batches, room)
+        else:
+            cuts = as_given(f, params, batches)
         self._streams = [
             Stream(
-                trace(f, params, *group[0]),
-                group,
+                cut.graph,
+                cut.of(batches),
                 self.leaf,
                 self._programs,
                 keep_outputs=keep_outputs,
@@ -83,7 +95,7 @@ class Executor:
                 read_float=self.float_leaf if follow_float else None,
                 phases=phases,
             )
-            for group in by_shape.values()
+            for cut in cuts
         ]
         self.sites = self._streams[0].graph.sites
 
@@ -345,11 +357,6 @@ def is_lazy(leaf: Any) -> bool:
         and hasattr(leaf, "shape")
         and hasattr(leaf, "__getitem__")
     )
-
-
-def _signature(batch: tuple) -> Any:
-    leaves, tree = jax.tree.flatten(batch)
-    return tree, tuple((np.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in leaves)
 
 
 @jax.jit

@@ -123,6 +123,9 @@ def quantize(
         arrays; it is read when first needed and again dropped. Those of the next weights to be solved are read in
         a thread while others are solved, one at a time.
     batches: calibration inputs; each is the tuple of f's inputs (anything else stands for a tuple of one).
+        Where the jaxpr shows that f treats rows (the first axis) each by itself, all rows are run in the largest
+        batches that fit, and the result is the same to the bit however they were split. Where it does not (batch norm
+        in training, experts that take sorted tokens, a `loss`, several devices), batches are run as they are.
         Batches and params may lie on several devices, also of several processes: sums over tokens go over all of
         them, and each solves some of the outputs.
     grid: Grid() unless given. method: a name in METHODS or a Method value.
@@ -176,6 +179,7 @@ def _quantize(
             on_host=offload == "host",
             follow_float=follow_float,
             correct_biases=correct_biases,
+            merge=loss is None,
             phases=phases,
             reader=reader,
         )

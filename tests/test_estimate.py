@@ -12,6 +12,7 @@ from jgptq import GPTQ, Grid, Options
 from jgptq.models import MODELS, LanguageModel
 from jgptq.phases import Phases
 from jgptq.report import nbytes
+from jgptq.tracing import batching
 from jgptq.tracing.costs import flops, waiting_bytes, working_bytes
 from jgptq.tracing.graph import trace
 
@@ -104,6 +105,7 @@ def llama():
 @pytest.mark.parametrize("lazy", [True, False])
 def test_the_peak_is_that_of_a_run(method, lazy, monkeypatch):
     """Of arrays, as seen whenever a phase ends: what programs take inside does not show, so at most half is missing."""
+    monkeypatch.setattr(batching, "CPU_BATCH", 2 << 20)
     model = llama()
     tokens = [np.random.default_rng(seed).integers(0, 256, (4, 64)).astype(np.int32) for seed in range(4)]
     params = jax.tree.map(np.asarray, model.init(jax.random.key(0)))
@@ -142,8 +144,9 @@ def test_more_batches_take_more_memory_and_time_and_a_second_model_twice_the_act
     assert dict(two.flops)["advance"] == 2 * dict(one.flops)["advance"] == dict(followed.flops)["advance"]
 
 
-def test_an_8b_model_is_estimated_from_its_shapes():
+def test_an_8b_model_is_estimated_from_its_shapes(monkeypatch):
     """The layers of Llama-3-8B on 128 windows of 2048 tokens. Nothing waits but what its layers hand on."""
+    monkeypatch.setattr(batching, "CPU_BATCH", 6 << 30)
     sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
     config = MODELS["llama"].parse_config({"model_type": "llama", **sizes, **heads})

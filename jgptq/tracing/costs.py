@@ -1,8 +1,9 @@
 """What running a graph takes, from its shapes: floating-point operations, and bytes that are alive at once."""
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -58,19 +59,69 @@ def working_bytes(graph: Graph, start: int, stop: int) -> int:
     As if every result that is no view were an array from its equation to its last use. XLA fuses some of them, and
     orders equations as it likes.
     """
+    return max(_alive(graph, start, stop), default=0)
+
+
+def _alive(graph: Graph, start: int, stop: int) -> Iterator[int]:
+    """Bytes of results before and after each of equations start .. stop."""
     used = {}
     for position, equation in enumerate(graph.equations[start:stop], start):
         used.update((atom, position) for atom in equation.invars if isinstance(atom, jex.Var))
     alive: dict[Any, int] = {}
-    largest = 0
     for position, equation in enumerate(graph.equations[start:stop], start):
         # What is read here for the last time makes room for the result, as in a fused run of elementwise equations.
-        largest = max(largest, sum(alive.values()))
+        yield sum(alive.values())
         alive = {var: size for var, size in alive.items() if max(used.get(var, -1), _last(graph, var, stop)) > position}
         size_of = (lambda var: 0) if equation.primitive.name in VIEWS else nbytes
         alive.update((var, size_of(var)) for var in equation.outvars)
-        largest = max(largest, sum(alive.values()))
-    return largest
+        yield sum(alive.values())
+
+
+class Costs(NamedTuple):
+    """Bytes of one batch on its way to the last product with a weight.
+
+    working: its inputs, and what is alive before and after each equation. waiting: between segments, where each weight
+    is first needed.
+    hessian: of the largest one.
+    """
+
+    working: list[int]
+    waiting: list[int]
+    hessian: int
+
+    @property
+    def most(self) -> int:
+        """Bytes that are alive at once."""
+        return max(self.working)
+
+
+def costs(graph: Graph) -> Costs:
+    parts = [part for site in graph.sites for part in site.parts]
+    stop = max((part.start for part in parts), default=0)
+    made = {var: place for place, equation in enumerate(graph.equations) for var in equation.outvars}
+    changes = [0] * (len(graph.equations) + 2)
+    for var in (*graph.inputs, *made):
+        if (last := graph.last_use.get(var, -1)) > made.get(var, -1):
+            changes[made.get(var, -1) + 1] += nbytes(var)
+            changes[last + 1] -= nbytes(var)
+    hessians = [math.prod(part.layout.sizes(part.layout.batch_axes)) * part.layout.in_features**2 for part in parts]
+    waiting = list(itertools.accumulate(changes))
+    return Costs(
+        working=[sum(map(nbytes, graph.inputs)) + alive for alive in (0, *_alive(graph, 0, stop))],
+        waiting=[waiting[start] for start in sorted({part.start for part in parts})],
+        hessian=4 * max(hessians, default=0),
+    )
+
+
+def between(small: Costs, large: Costs, rows: tuple[int, int], wanted: int) -> Costs:
+    """The costs of a batch of so many rows, from those of two that differ in nothing else; bytes are linear in rows."""
+
+    def line(one: int, two: int) -> int:
+        return one + (two - one) * (wanted - rows[0]) // (rows[1] - rows[0])
+
+    return Costs(
+        list(map(line, small.working, large.working)), list(map(line, small.waiting, large.waiting)), small.hessian
+    )
 
 
 def _last(graph: Graph, var: Any, stop: int) -> int:

@@ -120,7 +120,7 @@ def _jaxpr_text(jaxpr: jex.Jaxpr, consts: tuple = ()) -> tuple:
 
     def name(atom):
         if isinstance(atom, jex.Literal):
-            return ("literal", _value_text(atom.val), atom.aval)
+            return ("literal", value_text(atom.val), atom.aval)
         return numbers.setdefault(atom, len(numbers))
 
     inputs = tuple((name(var), var.aval) for var in (*jaxpr.constvars, *jaxpr.invars))
@@ -134,25 +134,26 @@ def _jaxpr_text(jaxpr: jex.Jaxpr, consts: tuple = ()) -> tuple:
         )
         for equation in jaxpr.eqns
     )
-    return (inputs, tuple(_value_text(c) for c in consts), lines, tuple(name(atom) for atom in jaxpr.outvars))
+    return (inputs, tuple(value_text(c) for c in consts), lines, tuple(name(atom) for atom in jaxpr.outvars))
 
 
 def _params_text(equation: jex.JaxprEqn) -> Any:
     called = called_jaxpr(equation)
     if called is not None:  # its derivative rules, fresh objects in every trace, do not matter here
-        return _value_text(called)
-    return tuple((key, _value_text(equation.params[key])) for key in sorted(equation.params))
+        return value_text(called)
+    return tuple((key, value_text(equation.params[key])) for key in sorted(equation.params))
 
 
-def _value_text(value: Any) -> Any:
+def value_text(value: Any) -> Any:
+    """A hashable transcript of an equation's parameter, of a jaxpr in one or of a constant."""
     if isinstance(value, jex.ClosedJaxpr):
         return _jaxpr_text(value.jaxpr, tuple(value.consts))
     if isinstance(value, jex.Jaxpr):
         return _jaxpr_text(value)
     if isinstance(value, tuple | list):
-        return tuple(_value_text(item) for item in value)
+        return tuple(value_text(item) for item in value)
     if isinstance(value, dict):
-        return tuple((key, _value_text(value[key])) for key in sorted(value))
+        return tuple((key, value_text(value[key])) for key in sorted(value))
     if isinstance(value, np.ndarray | np.generic):
         return (value.shape, str(value.dtype), value.tobytes())
     if isinstance(value, jax.Array):
