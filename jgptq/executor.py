@@ -398,7 +398,7 @@ def _accumulate_residual(
 ) -> jax.Array:
     drift = outputs.rows(float_value.astype(jnp.float32) - value.astype(jnp.float32))
     drift = drift if weights is None else drift * weights[:, None]
-    return add_product(total, product.rows(x).astype(jnp.float32), drift)
+    return add_product(total, product.rows(x), drift)
 
 
 def checked_batches(batches: Any, *, shapes: bool = False) -> list[tuple]:
