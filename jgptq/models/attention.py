@@ -42,8 +42,8 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-# Scores of one sequence from which on a CPU has them in parts, and the most in a part: 8 MB.
-LARGE, PART = 2**18, 2**21
+# On a CPU: scores of a sequence from which on they are made in parts; the most of a part, 8 MB; its queries at least.
+LARGE, PART, QUERIES = 2**18, 2**21, 256
 
 
 # The keys and values of every layer, each (batch, kv_heads, capacity, head_dim), as attention multiplies them, in the
@@ -288,7 +288,7 @@ class Attention(nnx.Module):
         Scores then stay in a core's cache, and the half of them that are masked is mostly not made.
         """
         count, group = keys.shape[2], queries.shape[2]
-        size = max(256, -(-count // 4))
+        size = max(QUERIES, -(-count // 4))
         sizes = (n for n in range(self.kv_heads, 0, -1) if self.kv_heads % n == 0)
         heads = next(n for n in sizes if n == 1 or n * group * size * count <= PART)
 
