@@ -94,7 +94,7 @@ def _update(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
     n, total = rows.shape[1], hessian.total
     if n > WIDE and panel_size(n) < n:
         return Hessian(_add_blocks(total, rows), hessian.tokens + rows.shape[0])
-    size = n // next(count for count in range(8, 0, -1) if n % count == 0 and (n >= 128 * count or count == 1))
+    size = n // next(count for count in range(8, 0, -1) if n % count == 0 and (n >= SLAB * count or count == 1))
     for start in range(0, n, size):
         # Some rows of the lower triangle at a time: all at once would take a second matrix.
         here, before, upto = slice(start, start + size), slice(0, start), slice(0, start + size)
@@ -109,6 +109,9 @@ def _update(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
         total = total.at[here, upto].add(gram).at[before, here].add(gram[:, before].T)
     return Hessian(total, hessian.tokens + rows.shape[0])
 
+
+# Rows of a slab at least: in narrower ones a product loses on a CPU what the triangle saves.
+SLAB = 384
 
 # Inputs above which sums go block by block: of slabs in one program XLA has all waiting to be added, half a matrix.
 WIDE = 8192

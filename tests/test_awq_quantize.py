@@ -54,6 +54,20 @@ def attention(p, x, heads=2, repeat=1):
     return jnp.einsum("hqk,khd->qhd", weights, v).reshape(x.shape[0], -1) @ p["o"]
 
 
+def attention_in_parts(p, x, twice=False):
+    """Heads one after another, and of each the first half of the queries, which see half the keys, before the rest."""
+    v = (x @ p["v"] + along(p["bias"])).reshape(-1, 2, WIDTH // 2)
+    half = x.shape[0] // 2
+
+    def head(v):
+        first = jnp.ones((half, half)) @ v[:half] / half
+        second = jnp.ones((half, 2 * half)) @ v / half
+        return jnp.concatenate([first, second * v[half:] if twice else second])
+
+    heads = jax.lax.map(head, jnp.moveaxis(v, 1, 0))
+    return jnp.moveaxis(heads, 0, 1).reshape(x.shape[0], -1) @ p["o"]
+
+
 def fused(p, x):
     gate, up = jnp.split(x @ p["ab"], 2, axis=-1)
     return (jax.nn.sigmoid(gate) * up) @ p["c"]
@@ -101,6 +115,13 @@ CASES = {
     "gated": (gated, {"a": A, "b": B, "c": C}, {"b"}, {"a", "b"}),
     "fused": (fused, {"ab": jnp.concatenate([A, B], axis=1), "c": C}, {"ab"}, {"ab"}),
     "attention": (attention, {"v": V, "bias": BIAS, "o": V.T}, {"v", "bias"}, {"v"}),
+    "attention in parts": (attention_in_parts, {"v": V, "bias": BIAS, "o": V.T}, {"v", "bias"}, {"v"}),
+    "values in another way as well": (
+        lambda p, x: attention_in_parts(p, x, twice=True),
+        {"v": V, "bias": BIAS, "o": V.T},
+        set(),
+        {"v", "o"},
+    ),
     "experts": (
         experts,
         {"up": normal(3, WIDTH, HIDDEN, seed=13), "down": normal(3, HIDDEN, WIDTH, seed=14)},
@@ -156,7 +177,7 @@ def dense(params):
 def batches(name):
     return (
         [(x * FACTORS[None],) for (x,) in X]
-        if name in ("attention", "gated", "fused", "experts", "batched experts", "residual")
+        if name in ("attention", "attention in parts", "gated", "fused", "experts", "batched experts", "residual")
         else X
     )
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jgptq.accelerators import runs_on
 from jgptq.models import rotary
 from jgptq.models.layers import Linear, precision, together
 
@@ -40,6 +41,9 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 
 SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+# On a CPU: scores of a sequence from which on they are made in parts; the most of a part, 8 MB; its queries at least.
+LARGE, PART, QUERIES = 2**18, 2**21, 256
 
 
 # The keys and values of every layer, each (batch, kv_heads, capacity, head_dim), as attention multiplies them, in the
@@ -88,6 +92,11 @@ class Positions:
         """One token of each sequence, at a position of its own."""
         capacity = cache_length(cache)
         return cls(positions[:, None], jnp.arange(capacity), capacity, cache=cache)
+
+    @property
+    def from_beginning(self) -> bool:
+        """Whether the tokens given are whole sequences: the same positions for all, and no tokens before."""
+        return self._old is None
 
     @property
     def cache(self) -> Cache:
@@ -232,16 +241,81 @@ class Attention(nnx.Module):
     ) -> Float[Array, "batch query mixed"]:
         """softmax(scale q·k + what positions add) v, with scores and softmax in float32."""
         batch, count = queries.shape[:2]
-        dtype, group = queries.dtype, self.heads // self.kv_heads
-        queries = queries.reshape(batch, count, self.kv_heads, group, self.head_dim)
-        scores = self.scale * jnp.einsum(
-            "bqhgd,bhkd->bhgqk", queries, keys, precision=precision(dtype), preferred_element_type=jnp.float32
-        )
+        group = self.heads // self.kv_heads
+        queries = jnp.moveaxis(queries.reshape(batch, count, self.kv_heads, group, self.head_dim), 1, 3)
+        mask, bias = positions.mask(self.window), None
+        if self.alibi is not None:
+            bias = self.alibi.bias(positions.keys).reshape(self.kv_heads, group, 1, -1)
+        attend = self._attend
+        if positions.from_beginning and self.heads * count**2 >= LARGE and _on_one_cpu():
+            attend = self._attend_in_parts
+        mixed = attend(queries, keys, values, mask, bias)
+        return jnp.moveaxis(mixed, 3, 1).reshape(batch, count, self.heads * self.head_dim)
+
+    def _attend(
+        self,
+        queries: Float[Array, "batch kv_heads group query head_dim"],
+        keys: Float[Array, "batch kv_heads key head_dim"],
+        values: Float[Array, "batch kv_heads key head_dim"],
+        mask: Bool[Array, "rows query key"],
+        bias: Float[Array, "kv_heads group 1 key"] | None,
+    ) -> Float[Array, "batch kv_heads group query head_dim"]:
+        """With the heads in front: in another order the products take twice the time on a CPU."""
+        shape, count, dtype = queries.shape, queries.shape[3], queries.dtype
+        queries = queries.reshape(*shape[:2], -1, shape[-1])
+        product = functools.partial(jnp.einsum, precision=precision(dtype), preferred_element_type=jnp.float32)
+        if count == 1:
+            # With the heads in front XLA would copy the cache once more for every token.
+            scores = product("bqhd,bhkd->bhqk", jnp.swapaxes(queries, 1, 2), keys)
+        else:
+            scores = product("bhqd,bhkd->bhqk", queries, keys)
+        scores = self.scale * scores.reshape(*shape[:4], -1)
         if self.soft_cap is not None:
             scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
-        if self.alibi is not None:
-            scores = scores + self.alibi.bias(positions.keys).reshape(1, self.kv_heads, group, 1, -1)
-        scores = jnp.where(positions.mask(self.window)[:, None, None], scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-        mixed = jnp.einsum("bhgqk,bhkd->bqhgd", weights, values, precision=precision(dtype))
-        return mixed.reshape(batch, count, self.heads * self.head_dim)
+        if bias is not None:
+            scores = scores + bias[None]
+        scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+        weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights.astype(dtype).reshape(*queries.shape[:3], -1)
+        return (product("bhqk,bhkd->bhqd", weights, values).reshape(shape) / total).astype(dtype)
+
+    def _attend_in_parts(
+        self,
+        queries: Float[Array, "batch kv_heads group token head_dim"],
+        keys: Float[Array, "batch kv_heads token head_dim"],
+        values: Float[Array, "batch kv_heads token head_dim"],
+        mask: Bool[Array, "1 token token"],
+        bias: Float[Array, "kv_heads group 1 token"] | None,
+    ) -> Float[Array, "batch kv_heads group token head_dim"]:
+        """`_attend` for whole sequences, some heads of one after another, and queries with no more keys than they see.
+
+        Scores then stay in a core's cache, and the half of them that are masked is mostly not made.
+        """
+        count, group = keys.shape[2], queries.shape[2]
+        size = max(QUERIES, -(-count // 4))
+        sizes = (n for n in range(self.kv_heads, 0, -1) if self.kv_heads % n == 0)
+        heads = next(n for n in sizes if n == 1 or n * group * size * count <= PART)
+
+        def by_heads(array):
+            return None if array is None else array.reshape(-1, heads, *array.shape[1:])
+
+        def attend_heads(part):
+            queries, keys, values, bias = part
+            mixed = []
+            for start in range(0, count, size):
+                here = slice(start, start + size)
+                seen = slice(0 if self.window is None else max(0, start + 1 - self.window), start + size)
+                own = queries[None, :, :, here], keys[None, :, seen], values[None, :, seen], mask[:, here, seen]
+                mixed.append(self._attend(*own, None if bias is None else bias[..., seen])[0])
+            return jnp.concatenate(mixed, axis=2)
+
+        def attend_sequence(sequence):
+            mixed = lax.map(attend_heads, (*map(by_heads, sequence), by_heads(bias)))
+            return mixed.reshape(-1, *mixed.shape[2:])
+
+        return lax.map(attend_sequence, (queries, keys, values))
+
+
+def _on_one_cpu() -> bool:
+    return jax.default_backend() == "cpu" and runs_on("cpu", ("cpu",))

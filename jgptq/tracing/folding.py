@@ -2,14 +2,15 @@
 
 From the inputs back, equations in which a factor on the result is one on an operand are followed, as far as nothing
 else reads what they give: views and casts, factors, sums (both sides), products with a weight or with a value that the
-factors do not vary along, and the larger of a value and zero (factors are positive). They end at parts of leaves: a
-norm's scale and bias, or the weight of the product before.
+factors do not vary along, the larger of a value and zero (factors are positive), and loops that carry nothing from step
+to step. Several may read a value if all they make of it is put together again. They end at parts of leaves: a norm's
+scale and bias, or the weight of the product before.
 """
 
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,9 @@ import numpy as np
 
 from jgptq.grid import round_scales
 from jgptq.tensor import Index, Layout, QuantizedTensor
+from jgptq.tracing.flatten import Flattener
 from jgptq.tracing.graph import Graph, Step
+from jgptq.tracing.jaxprs import closed, scan_counts
 from jgptq.tracing.products import Dot
 from jgptq.tracing.residual import PASSING
 
@@ -42,11 +45,25 @@ class Fold(NamedTuple):
         return self[:2] == other[:2] and self.offset == other.offset and np.array_equal(self.places, other.places)
 
 
-class Sources:
-    """A graph's equations by what they give, and how often each value is read."""
+class Body(NamedTuple):
+    """The equations of one step of a scan, as a graph without parameters."""
 
-    def __init__(self, graph: Graph):
-        self._graph = graph
+    inputs: Sequence[jex.Var]
+    equations: Sequence[jex.JaxprEqn]
+    outputs: Sequence[Any]
+    parts: dict
+
+
+class Sources:
+    """A graph's equations by what they give, and how often each value is read.
+
+    outside: in the body of a scan, what an input's factors can go into.
+    """
+
+    def __init__(self, graph: Graph | Body, outside: Callable[[jex.Var, np.ndarray], list[Fold] | None] | None = None):
+        self._graph, self._outside = graph, outside
+        # In what is put together: the places with which readers of a value came by, if there are others.
+        self._visits: dict[jex.Var, tuple[np.ndarray, ...]] | None = None
         self._makers: dict[jex.Var, jex.JaxprEqn] = {}
         self._readers: dict[jex.Var, list[Any]] = defaultdict(list)
         for equation in graph.equations:
@@ -85,14 +102,33 @@ class Sources:
         return None if found is None else tuple(found)
 
     def _before(self, atom: Any, places: np.ndarray | None) -> list[Fold] | None:
-        """As `_origin`, of an operand: None if another equation reads it too."""
-        alone = places is not None and isinstance(atom, jex.Var) and len(self._readers[atom]) == 1
-        return self._origin(atom, places) if alone else None
+        """As `_origin`, of an operand: None if another equation reads it too.
+
+        In what is put together the last of its readers finds what it can go into, if all have the same factors; before
+        that it is nothing yet.
+        """
+        if places is None or not isinstance(atom, jex.Var):
+            return None
+        readers = len(self._readers[atom])
+        if readers > 1:
+            if self._visits is None:
+                return None
+            visits = self._visits[atom] = (*self._visits.get(atom, ()), places)
+            if not all(np.array_equal(places, other) for other in visits):
+                return None
+            if len(visits) < readers:
+                return []
+        return self._origin(atom, places)
 
     def _first(self, operands: Iterable[tuple[Any, np.ndarray | None]]) -> list[Fold] | None:
         """The first operand's that is not None."""
-        tried = (self._before(*operand) for operand in operands)
-        return next((found for found in tried if found is not None), None)
+        for operand in operands:
+            visits = None if self._visits is None else dict(self._visits)
+            found = self._before(*operand)
+            if found is not None:
+                return found
+            self._visits = visits
+        return None
 
     def _origin(self, var: jex.Var, places: np.ndarray) -> list[Fold] | None:
         """What a variable's factors, numbered by `places`, can go into; None if there is nothing."""
@@ -102,7 +138,7 @@ class Sources:
             return [Fold(leaf, index, places)] if floats and self._times_read(leaf, index) == 1 else None
         equation = self._makers.get(var)
         if equation is None:
-            return None
+            return self._outside(var, places) if self._outside and var in self._graph.inputs else None
         name, operands = equation.primitive.name, equation.invars
         if name in ("mul", "div", "max"):
             sides = (0,) if name == "div" else (0, 1)
@@ -113,6 +149,10 @@ class Sources:
             return self._sum(equation, places)
         if name == "dot_general":
             return self._first((operands[side], _of_operand(equation, side, places)) for side in (0, 1))
+        if name == "concatenate":
+            return self._put_together(equation, places)
+        if name == "scan":
+            return self._of_scan(equation, var, places)
         if name == "split":
             return self._before(operands[0], _of_whole(equation, var, places))
         return self._before(operands[0], _of_viewed(equation, places)) if len(operands) == 1 else None
@@ -128,6 +168,34 @@ class Sources:
             return [found[0]._replace(offset=numbers[1 - side])]
         found = [self._before(atom, _of_repeated(atom, places)) for atom in equation.invars]
         return None if None in found else [fold for folds in found for fold in folds]
+
+    def _put_together(self, equation: jex.JaxprEqn, places: np.ndarray) -> list[Fold] | None:
+        """All operands of a concatenation, along an axis that factors do not vary along, take them."""
+        if places.shape[equation.params["dimension"]] > 1 or self._visits is not None:
+            return None
+        self._visits = {}
+        found = [self._before(atom, places) for atom in equation.invars]
+        visits, self._visits = self._visits, None
+        whole = all(len(places) == len(self._readers[var]) for var, places in visits.items())
+        return [fold for folds in found for fold in folds] if whole and None not in found else None
+
+    def _of_scan(self, equation: jex.JaxprEqn, var: jex.Var, places: np.ndarray) -> list[Fold] | None:
+        """Through one step, with the factors of the first, by which those of all steps are then numbered."""
+        consts, carries = scan_counts(equation)
+        number = next(number for number, other in enumerate(equation.outvars) if other is var)
+        if number < carries:
+            return None
+        steps = np.concatenate([places.reshape(len(places), -1), np.full((len(places), 1), -1)], axis=1)
+        body = _flat(closed(equation.params["jaxpr"]))
+
+        def outside(inner: jex.Var, own: np.ndarray) -> list[Fold] | None:
+            place = body.inputs.index(inner)
+            if consts <= place < consts + carries or (place < consts and len(steps) > 1):
+                return None
+            return self._before(equation.invars[place], steps[:, own] if place >= consts else steps[0, own])
+
+        first = np.arange(places[0].size).reshape(places.shape[1:])
+        return Sources(body, outside)._before(body.outputs[number], first)
 
     def _is_view(self, var: jex.Var) -> bool:
         """Whether a variable is a view of part of a leaf."""
@@ -145,6 +213,14 @@ class Sources:
             for var, (other, theirs) in self._graph.parts.items()
             if other == leaf and all(a[0] < b[1] and b[0] < a[1] for a, b in zip(index, theirs, strict=True))
         )
+
+
+def _flat(jaxpr: jex.ClosedJaxpr) -> Body:
+    """With what it calls in its place."""
+    flattener = Flattener()
+    inputs = [flattener.input(var.aval) for var in jaxpr.jaxpr.invars]
+    outputs = [flattener.output(value) for value in flattener.run(jaxpr.jaxpr, jaxpr.consts, inputs)]
+    return Body(inputs, flattener.equations, outputs, {})
 
 
 def _number(atom: Any) -> float | None:
@@ -200,6 +276,9 @@ def _of_viewed(equation: jex.JaxprEqn, places: np.ndarray) -> np.ndarray | None:
         if any(places.shape[axis] > 1 for axis in repeated):
             return None
         return places.reshape([places.shape[axis] for axis in axes])
+    if name == "slice":
+        pairs = zip(places.shape, before.shape, equation.outvars[0].aval.shape, strict=True)
+        return places if all(size == 1 or old == new for size, old, new in pairs) else None
     if name in PASSING:
         return reshaped(places, equation.outvars[0].aval.shape, before.shape)
     return places if name in SAME_SHAPE else None
