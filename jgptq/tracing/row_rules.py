@@ -17,8 +17,9 @@ class Rows(NamedTuple):
     axis: int
     outer: int = 1
 
-    def at(self, axis: int) -> "Rows":
-        return self._replace(axis=axis)
+    def at(self, axis: Any) -> "Rows":
+        """axis: also a number of NumPy's, as equations may have them."""
+        return self._replace(axis=int(axis))
 
 
 COMMON, MIXED = "the same for all rows", "mixed or unknown"
@@ -221,7 +222,7 @@ def _stack(equation, states, rows) -> State:
 
 def _tile(equation, states, rows) -> State:
     axis, outer = states[0]
-    return Rows(axis, outer * equation.params["reps"][axis])
+    return Rows(axis, outer * int(equation.params["reps"][axis]))
 
 
 OF_NUMBERS = """

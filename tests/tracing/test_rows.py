@@ -93,6 +93,7 @@ APART = {
     "loops and branches on what is common": switched,
     "row after row": lambda x: lax.map(lambda row: jax.nn.softmax(row, axis=0) @ jnp.eye(WIDTH), x),
     "for each row": jax.vmap(lambda row: row - lax.scan(lambda c, t: (c + t, c), jnp.zeros(WIDTH), row)[1]),
+    "axes by NumPy's numbers": lambda x: lax.broadcast_in_dim(x, (1, *x.shape), tuple(np.arange(1, 4)))[0],
     "tiled and stacked": lambda x: jnp.stack([x, jnp.tile(CONSTANT, (x.shape[0], 1, 1))]).sum(0),
     "repeated as a whole": lambda x: jnp.tile(x, (3, 1, 1)).reshape(3, *x.shape)[1] * 2,
     "convolution": lambda x: lax.conv_general_dilated(
