@@ -42,7 +42,8 @@ def add_product(
     if x.dtype == jnp.bfloat16 and y.dtype == jnp.float32:
         # Not by a conversion to bfloat16 and back, which XLA may take out.
         high = lax.reduce_precision(y, exponent_bits=8, mantissa_bits=7)
-        parts = [high.astype(x.dtype), (y - high).astype(x.dtype)]
+        low = jnp.where(jnp.isfinite(high), y - high, 0.0)
+        parts = [high.astype(x.dtype), low.astype(x.dtype)]
 
     def panel(i, total):
         rows = lax.dynamic_slice_in_dim(x, i * size, size, axis=1).T

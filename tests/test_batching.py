@@ -139,6 +139,55 @@ def test_a_function_that_takes_no_single_row_gets_none(monkeypatch):
     assert shapes(several, w, batches) == [(5, WIDTH), (2, WIDTH)]
 
 
+def test_the_batches_given_are_looked_at_even_where_they_have_one_row(monkeypatch):
+    """The first does something else for one row; the second takes another axis."""
+
+    def branching(p, x):
+        return x @ p["a"] if x.shape[0] == 1 else jnp.tanh(x @ p["a"]) @ p["b"]
+
+    def squeezed(p, x):
+        return jnp.cumsum(jnp.squeeze(x), axis=1) @ p["a"]
+
+    p = {"a": normal(6, WIDTH, WIDTH), "b": normal(7, WIDTH, 4)}
+    rows = normal(8, 4, TOKENS, WIDTH)
+    for f in (branching, squeezed):
+        assert [shape[0] for shape in shapes(f, p, cut(rows, (1,) * 4))] == [1] * 4
+    assert shapes(branching, p, cut(rows, (2, 2))) == [rows.shape]
+    monkeypatch.setattr(batching, "CPU_BATCH", 0)
+    assert [shape[0] for shape in shapes(branching, p, cut(rows, (2, 2)))] == [2, 2]
+
+
+def test_what_is_common_weighs_as_much_beside_rows_however_many_batches_there_are():
+    def f(w, x, c):
+        return x @ w + (c @ w)[None]
+
+    w, c = normal(6, WIDTH, 4), normal(9, TOKENS, WIDTH)
+    batches = [(x, c) for (x,) in cut(normal(7, ROWS, TOKENS, WIDTH), (3, 5))]
+    assert shapes(f, w, batches) == [(3, TOKENS, WIDTH), (5, TOKENS, WIDTH)]
+    assert shapes(lambda w, x, c: x @ w[0] + (c @ w[1])[None], (w, w), batches) == [(ROWS, TOKENS, WIDTH)]
+
+
+def test_an_input_of_one_row_for_all_is_not_repeated():
+    def f(w, mask, x):
+        return jnp.einsum("ts,bsd->btd", mask[0], x) @ w
+
+    w, mask, rows = normal(6, WIDTH, 4), normal(8, 1, TOKENS, TOKENS), normal(7, ROWS, TOKENS, WIDTH)
+    for splits in ((1,) * 8, (4, 4), (8,)):
+        (cut_anew,) = largest(f, w, [(mask, x) for (x,) in cut(rows, splits)], ROOM)
+        ((common, joined),) = cut_anew.of([(mask, x) for (x,) in cut(rows, splits)])
+        assert common.shape == mask.shape
+        np.testing.assert_array_equal(joined, rows)
+
+
+def test_weakly_typed_batches_stay_as_they_are():
+    """A bfloat16 model multiplies them in bfloat16, but the same numbers in float32 in float32."""
+    w = jnp.asarray(normal(6, WIDTH, 4), jnp.bfloat16)
+    weak = [(jnp.ones((size, WIDTH), jnp.uint8) / 255.0,) for size in (3, 5)]
+    assert weak[0][0].weak_type
+    cuts = largest(lambda w, x: x @ w, w, weak, ROOM)
+    assert [each.graph.equations[-1].outvars[0].aval.dtype for each in cuts] == [jnp.bfloat16] * 2
+
+
 def test_batches_of_other_lengths_are_joined_with_their_like():
     f, params, rows = perceptron()
     batches = [(rows[:2],), (rows[:3, :4],), (rows[2:],), (rows[3:, :4],)]

@@ -71,7 +71,10 @@ def keys_as_numbers(params: Any) -> Any:
     """The inverse of `keys_as_strings`."""
     if not isinstance(params, dict):
         return params
-    return {int(key) if key.isdigit() else key: keys_as_numbers(value) for key, value in params.items()}
+    return {
+        int(key) if isinstance(key, str) and key.isdigit() else key: keys_as_numbers(value)
+        for key, value in params.items()
+    }
 
 
 class Repeated(nnx.Module):

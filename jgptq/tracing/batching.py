@@ -123,7 +123,8 @@ def _whole(graph: Graph, numbers: list[int]) -> Cut:
 def largest(f: Callable, params: Any, batches: Sequence[tuple], room: Room) -> list[Cut]:
     """All rows in the largest batches that fit, of equal sizes if they can be, wherever f is seen to allow it.
 
-    Leaves may be jax.ShapeDtypeStructs. f is traced up to three times, and then on batches as they are if need be.
+    Leaves may be jax.ShapeDtypeStructs. f is traced at two numbers of rows, at those of the batches given and at those
+    of the batches to be run; then on batches as they are if need be.
     """
     cuts: list[Cut] = []
     for numbers in _grouped(dict(enumerate(batches)), lambda leaf: (np.ndim(leaf), np.shape(leaf)[1:])):
@@ -137,27 +138,35 @@ def _grouped(batches: dict[int, tuple], form: Callable[[Any], Any]) -> list[list
     groups: dict[Any, list[int]] = {}
     for number, batch in batches.items():
         leaves, tree = jax.tree.flatten(batch)
-        key = tree, tuple((form(leaf), jax.dtypes.result_type(leaf)) for leaf in leaves)
+        key = tree, tuple((form(leaf), jax.dtypes.result_type(leaf), _is_weak(leaf)) for leaf in leaves)
         groups.setdefault(key, []).append(number)
     return list(groups.values())
 
 
+def _is_weak(leaf: Any) -> bool:
+    """Whether a leaf takes the dtype of what it meets."""
+    return getattr(leaf, "weak_type", False)
+
+
 def _largest(f: Callable, params: Any, batches: dict[int, tuple], room: Room) -> list[Cut] | None:
     """The cuts of batches that are alike but for numbers of rows; None if they are to stay as they are."""
+    if any(map(_is_weak, jax.tree.leaves(list(batches.values())))):
+        return None  # joined arrays would not be
+    graph = None
     if len(batches) == 1:
         ((number, batch),) = batches.items()
         graph = trace(f, params, *batch)
         cost = costs(graph)
         if cost.most <= room.of_batch(cost):
             return [_whole(graph, [number])]
-    found = (_Divided(f, params, batches, has_rows).cuts(room) for has_rows in _guesses(list(batches.values())))
+    found = (_Divided(f, params, batches, has_rows, graph).cuts(room) for has_rows in _guesses(list(batches.values())))
     return next(filter(None, found), None)
 
 
 def _guesses(batches: list[tuple]) -> Iterator[tuple[bool, ...]]:
     """Which leaves may have the rows: those whose leading sizes are alike in every batch, all others being equal.
 
-    After each such guess comes one without those of its leaves that are equal in all batches.
+    Before each such guess comes one without those of its leaves that are equal in all batches.
     """
     columns = list(zip(*map(jax.tree.leaves, batches), strict=True))
     sizes = [tuple(leaf.shape[0] if np.ndim(leaf) else 0 for leaf in column) for column in columns]
@@ -166,22 +175,33 @@ def _guesses(batches: list[tuple]) -> Iterator[tuple[bool, ...]]:
         guess = tuple(own == rows for own in sizes)
         if min(rows) < 1 or sum(rows) < FEW or not all(mine or equal(number) for number, mine in enumerate(guess)):
             continue
-        yield guess
         fewer = tuple(mine and not equal(number) for number, mine in enumerate(guess))
         if any(fewer) and fewer != guess:
             yield fewer
+        yield guess
 
 
 class _Divided:
-    """Batches whose rows are along the first axes of some of their leaves."""
+    """Batches whose rows are along the first axes of some of their leaves.
 
-    def __init__(self, f: Callable, params: Any, batches: dict[int, tuple], has_rows: tuple[bool, ...]):
+    whole: the trace of all rows, if there is one.
+    """
+
+    def __init__(
+        self, f: Callable, params: Any, batches: dict[int, tuple], has_rows: tuple[bool, ...], whole: Graph | None
+    ):
         self.f, self.params, self.has_rows = f, params, has_rows
         place = has_rows.index(True)
         self.sizes = {number: jax.tree.leaves(batch)[place].shape[0] for number, batch in batches.items()}
         self.total = sum(self.sizes.values())
         self.leaves, self.tree = jax.tree.flatten(next(iter(batches.values())))
-        self.graph = functools.cache(self._traced)
+        self._graphs = {} if whole is None else {self.total: whole}
+
+    def graph(self, rows: int) -> Graph:
+        """The function's trace on so many rows."""
+        if rows not in self._graphs:
+            self._graphs[rows] = self._traced(rows)
+        return self._graphs[rows]
 
     def _traced(self, rows: int) -> Graph:
         def shaped(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -204,19 +224,19 @@ class _Divided:
         most = bisect.bisect_right(range(1, self.total + 1), space, key=lambda rows: cost_of(rows).most)
         size = _size(max(most, 1), self.total)
         last = self.total % size
-        if not all(map(self._treats_apart, {size, last or size} - {other})):
+        if not all(map(self._treats_apart, {size, last or size, *self.sizes.values()} - {other})):
             return None
         pieces = self._pieces(size)
         full, rest = (pieces[:-1], pieces[-1:]) if last else (pieces, [])
         return [Cut(self.graph(rows), own, self.has_rows) for rows, own in ((size, full), (last, rest)) if own]
 
     def _treats_apart(self, rows: int) -> bool:
-        """Whether the function does to this many rows what it does to each; one row it need only take."""
+        """Whether the function does to this many rows what it does to each."""
         try:
             graphs = self.graph(FEW), self.graph(rows)
         except Exception:  # f takes no such batch; whatever is wrong with those of the caller, these will tell
             return False
-        return rows in (1, FEW) or treats_rows_apart(*graphs, (FEW, rows), self.has_rows)
+        return rows == FEW or treats_rows_apart(*graphs, (FEW, rows), self.has_rows)
 
     def _pieces(self, size: int) -> list[list[Piece]]:
         """All rows in order, so many at a time."""

@@ -38,8 +38,7 @@ def treats_rows_apart(small: Graph, large: Graph, rows: tuple[int, int], has_row
     parts = [[part for site in graph.sites for part in site.parts] for graph in (small, large)]
     if [(part.leaf, part.index) for part in parts[0]] != [(part.leaf, part.index) for part in parts[1]]:
         return False
-    reads = [[read for part in each for read in part.reads] for each in parts]
-    return len(reads[0]) == len(reads[1]) and all(itertools.starmap(followed.reads_apart, zip(*reads, strict=True)))
+    return all(followed.part_apart(own.reads, other.reads) for own, other in zip(*parts, strict=True))
 
 
 class _Followed:
@@ -142,21 +141,29 @@ class _Followed:
                 return carry, results[len(carry) :]
             carry = after
 
-    def reads_apart(self, own: Read, other: Read) -> bool:
-        """Whether a product's sums over tokens are sums over rows."""
-        if own.product != other.product:
+    def part_apart(self, own: Sequence[Read], other: Sequence[Read]) -> bool:
+        """Whether a part's sums over tokens are sums over rows, or all of what is common: it would count once a batch,
+        and so weigh less beside rows the more of these there are in one."""
+        if len(own) != len(other):
             return False
+        states = [self._activation(*reads) for reads in zip(own, other, strict=True)]
+        return MIXED not in states and len({state == COMMON for state in states}) <= 1
+
+    def _activation(self, own: Read, other: Read) -> State:
+        """Of what a product reads; MIXED if its sums over tokens are none over rows."""
+        if own.product != other.product or len(own.added) != len(other.added):
+            return MIXED
         atoms = [
             *zip(own.activations, other.activations, strict=True),
-            *((one.value, two.value) for one, two in zip(own.added, other.added, strict=False)),
+            *((one.value, two.value) for one, two in zip(own.added, other.added, strict=True)),
         ]
         states = [self.state(*pair) for pair in atoms]
-        if len(own.added) != len(other.added) or MIXED in states:
-            return False
         first = states[0]
         if isinstance(own.product, Convolution):
-            return first == COMMON or first.axis == own.product.lhs_spec[0]
-        return isinstance(own.product, Dot) or not any(isinstance(state, Rows) for state in states)
+            apart = first in (COMMON, MIXED) or first.axis == own.product.lhs_spec[0]
+        else:
+            apart = isinstance(own.product, Dot) or not any(isinstance(state, Rows) for state in states)
+        return first if apart and MIXED not in states else MIXED
 
 
 def same_value(one: Any, two: Any) -> bool:
