@@ -88,7 +88,7 @@ def test_quantize_writes_a_directory_that_loads_and_its_report(home, packed, cap
     assert np.isfinite(model.apply(params, tokens)).all()
     kernel = params["model"]["layers"][0]["mlp"]["down_proj"]["kernel"]
     assert (kernel.bits, kernel.group_size, kernel.in_features) == (3, 16, 44)
-    report = json.loads((packed / cli.REPORT_FILE).read_text())
+    report = json.loads((packed / cli.options.REPORT_FILE).read_text())
     assert len(report["rows"]) == 14
     assert (packed / cli.quantize.REPORT_PAGE).read_text().count("layers.1.self_attn.q_proj.kernel") > 0
     assert (packed / "tokenizer.json").is_file()
@@ -142,7 +142,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(home, monkeypatch,
 
 def test_a_profile_goes_to_the_terminal_and_into_the_report(home, capsys):
     assert cli.main(quantize_arguments(home, home / "profiled", "--method", "rtn", "--profile")) == 0
-    report = read_report((home / "profiled" / cli.REPORT_FILE).read_text())
+    report = read_report((home / "profiled" / cli.options.REPORT_FILE).read_text())
     phases = {"trace", "load", "advance", "hessian", "solve", "pack", "write", "other"}
     assert phases <= set(dict(report.profile)) <= phases | {"compile", "targets"}
     out = capsys.readouterr().out
@@ -167,10 +167,10 @@ def test_programs_are_kept_where_asked_and_the_callers_settings_stay(home, tmp_p
 def test_without_being_asked_main_changes_no_setting_and_a_process_of_its_own_keeps_programs(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
-    options = cli._parser().parse_args(["eval", "model", "--text", "t"])
-    with cli._keeping_programs(options, own_process=False):
+    options = cli.commands._parser().parse_args(["eval", "model", "--text", "t"])
+    with cli.commands._keeping_programs(options, own_process=False):
         assert jax.config.jax_compilation_cache_dir is None
-    with cli._keeping_programs(options, own_process=True):
+    with cli.commands._keeping_programs(options, own_process=True):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jgptq" / "programs")
     assert jax.config.jax_compilation_cache_dir is None
 
@@ -185,7 +185,7 @@ def told(tmp_path):
 
 def test_none_switches_off_a_cache_that_jax_was_told_of(told):
     def compile_something(number, *more):
-        with cli._keeping_programs(cli._parser().parse_args(["demo", *more]), own_process=True):
+        with cli.commands._keeping_programs(cli.commands._parser().parse_args(["demo", *more]), own_process=True):
             jax.jit(lambda x: x * number)(1.0)
         return len([*told.glob("*-cache")])
 
@@ -257,7 +257,7 @@ def test_quantize_writes_the_format_asked_for(home):
 def test_quantize_scales_only_what_the_format_can_hold(home):
     arguments = quantize_arguments(home, home / "awq", "--method", "awq", "--quality", "fast")
     assert cli.main(arguments) == 0
-    report = json.loads((home / "awq" / cli.REPORT_FILE).read_text())
+    report = json.loads((home / "awq" / cli.options.REPORT_FILE).read_text())
     assert {row["method"] for row in report["rows"]} == {"awq"}
     params, before = (jgptq.load(home / name)[1]["model"]["layers"][0] for name in ("awq", "float"))
     norm, old = (params["input_layernorm"]["scale"] for params in (params, before))
@@ -618,7 +618,7 @@ def test_bad_input_is_one_line_and_exit_code_2(name, home, capsys):
 
 
 def test_a_corrupt_report_is_named(packed, capsys):
-    report = packed / cli.REPORT_FILE
+    report = packed / cli.options.REPORT_FILE
     text = report.read_text()
     report.write_text("{")
     assert cli.main(["inspect", str(packed)]) == 2
@@ -653,25 +653,25 @@ def listeners(monkeypatch) -> list:
 @pytest.mark.parametrize(
     ("given", "set_to"),
     [
-        ("", cli.process.EMITTERS),
-        ("--xla_a=1", f"{cli.process.EMITTERS} --xla_a=1".strip()),
+        ("", cli.memory.EMITTERS),
+        ("--xla_a=1", f"{cli.memory.EMITTERS} --xla_a=1".strip()),
         ("--xla_cpu_use_fusion_emitters=true", "--xla_cpu_use_fusion_emitters=true"),
     ],
 )
 @pytest.mark.usefixtures("listeners")
 def test_settings_of_the_process_leave_what_the_caller_set(given, set_to, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", given)
-    cli.process.spare_memory()
+    cli.memory.spare_memory()
     assert os.environ["XLA_FLAGS"].strip() == set_to
 
 
 def test_the_text_of_programs_goes_without_the_programs(monkeypatch, listeners, caplog):
     """A JAX that renames its caches fails here, and costs users nothing but memory."""
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-    cli.process.spare_memory()
+    cli.memory.spare_memory()
     f = jax.jit(lambda x: x + 1)
     assert f(1.0) == 2
-    caches = cli.process.lowering_caches()
+    caches = cli.memory.lowering_caches()
     assert len(caches) == 2
     listeners[0]("/jax/core/compile/backend_compile_duration", 1.0)
     assert not any(cache.cache_info().currsize for cache in caches)

@@ -134,11 +134,11 @@ def test_a_run_that_is_killed_while_it_saves_ends_in_the_same_bytes(home, whole)
 def assert_same_output(out, whole):
     names = sorted(file.name for file in whole.iterdir())
     assert sorted(file.name for file in out.iterdir()) == names
-    reports = {cli.REPORT_FILE, cli.quantize.REPORT_PAGE}
+    reports = {cli.options.REPORT_FILE, cli.quantize.REPORT_PAGE}
     assert reports <= set(names)
     for name in set(names) - reports:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-    report, wanted = (read_report((directory / cli.REPORT_FILE).read_text()) for directory in (out, whole))
+    report, wanted = (read_report((directory / cli.options.REPORT_FILE).read_text()) for directory in (out, whole))
     assert len(report.rows) == WEIGHTS
     assert without_seconds(report) == without_seconds(wanted)
     assert (out / cli.quantize.REPORT_PAGE).read_text() == report_html(report, title="model, quantized")

@@ -23,17 +23,10 @@ import jgptq
 from jgptq import calibration, documents
 from jgptq.allocate import GRIDS, allocate, candidates
 from jgptq.checkpoints import PACKINGS, Journal, fingerprint, load, remove_partial, save, size_and_hash
-from jgptq.cli.common import (
-    CHAT_TEMPLATE,
-    REPORT_FILE,
-    TEXTS,
-    chat_template,
-    check_writable,
-    console,
-    progress,
-    window_length,
-)
-from jgptq.cli.process import EMITTERS, interruptible
+from jgptq.cli.memory import EMITTERS
+from jgptq.cli.options import CHAT_TEMPLATE, REPORT_FILE, TEXTS, chat_template, check_writable, window_length
+from jgptq.cli.signals import interruptible
+from jgptq.cli.terminal import console, progress
 from jgptq.estimate import estimate, packed_shape
 from jgptq.finetune import tune
 from jgptq.grid import BITS, Grid
@@ -386,6 +379,8 @@ def _identity(model: Path, settings: dict[str, Any], drawn: dict[str, Any]) -> d
         "jax": f"{jax.__version__} with jaxlib {jaxlib.__version__}",
         "device": f"{device.platform} {device.device_kind} on {platform.machine()}"
         + (f", {cores} cores" if device.platform == "cpu" else ""),
+        # Batches are cut to fit.
+        "device memory": (device.memory_stats() or {}).get("bytes_limit"),
         "matmul precision": jax.config.jax_default_matmul_precision,
         "64 bits": jax.config.jax_enable_x64,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "").removeprefix(EMITTERS).strip(),

@@ -15,7 +15,8 @@ import jgptq
 from jgptq import calibration, documents
 from jgptq.chat import load_chat_template
 from jgptq.checkpoints import load
-from jgptq.cli.common import CHAT_TEMPLATE, MODEL, TEXTS, chat_template, progress, window_length
+from jgptq.cli.options import CHAT_TEMPLATE, MODEL, TEXTS, chat_template, window_length
+from jgptq.cli.terminal import progress
 from jgptq.generate import TextStream, generate
 from jgptq.perplexity import compare, count_scored, perplexity
 

@@ -1,13 +1,9 @@
-"""What several commands share: their options' words, consoles, and checks."""
+"""Options that several commands have: their words, and what is made of them."""
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jgptq.chat import ChatTemplate, load_chat_template
 
@@ -15,22 +11,6 @@ REPORT_FILE = "quantization_report.json"
 TEXTS = "UTF-8 text, .jsonl with a text or messages a line, or such a file of a dataset, hf://datasets/owner/name/file"
 MODEL = "model directory, GGUF file or hub id, float or packed"
 CHAT_TEMPLATE = "put conversations, and texts as the user's message, into the model's own chat template"
-
-
-def console() -> Console:
-    """stdout; where it is no terminal, wide enough for a table."""
-    return Console(width=None if sys.stdout.isatty() else 160)
-
-
-def progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
 
 
 def window_length(model: Any, seq_len: int | None) -> int:

@@ -1,42 +1,15 @@
-"""The process that a command runs in: its signals and its memory."""
+"""Settings of a whole process, for a low peak of memory."""
 
-import contextlib
 import ctypes
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
 # JAX 0.11's XLA no longer knows the flag, and ends a process that sets it.
 EMITTERS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
-    """Makes SIGTERM a KeyboardInterrupt as Ctrl-C is, and yields what raises one that was lost.
-
-    Python drops an exception from a garbage collector's callback, of which JAX has one: about one in forty got lost.
-    """
-    received = []
-
-    def interrupt(number: int, frame: Any) -> NoReturn:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if received:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield check
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def spare_memory() -> None:
