@@ -103,7 +103,6 @@ def run(options: Any) -> None:
             "dtype": "bfloat16",
         },
         "tokens": samples * length,
-        "batch": batch,
         "quality": options.quality,
         "offload": options.offload,
         "solver": "loop" if options.loop else "kernel where there is one",

@@ -9,7 +9,6 @@ compiling and writing come on top.
 import dataclasses
 import functools
 import math
-import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from jgptq.partition import common_mesh
 from jgptq.quantize import Rule, check_offload, checked_rules, chosen_sites, completed, settings_of
 from jgptq.solvers import AWQ, OBQ, RTN, Method
 from jgptq.solvers.method import TILE, outputs_at_once
+from jgptq.solves import at_once, stacked
 from jgptq.tensor import QuantizedTensor, from_codes
 from jgptq.tracing.batching import Room, as_given, largest
 from jgptq.tracing.costs import elements, flops, last_reads, parts_read, waiting_bytes, working_bytes
@@ -103,13 +103,16 @@ def estimate(
         models=2 if any(map(_follows, methods)) else 1,
         on_host=offload == "host",
     )
-    cuts = largest(f, params, batches, room) if common_mesh(batches, params) is None else as_given(f, params, batches)
+    on_mesh = common_mesh(batches, params) is not None
+    cuts = as_given(f, params, batches) if on_mesh else largest(f, params, batches, room)
     graphs, counts = [cut.graph for cut in cuts], [len(cut.pieces) for cut in cuts]
     sites = graphs[0].sites
     plan = chosen_sites(sites, grid, method, rules)
     chosen = {site.leaf: site for site in sites if site.leaf in plan}
     packed = {(leaf, part.index): _packed_bytes(part, plan[leaf][0]) for leaf in chosen for part in chosen[leaf].parts}
-    model = _Memory(graphs, counts, leaves, packed, plan, lazy=read_late, kept=kept, on_host=offload == "host")
+    model = _Memory(
+        graphs, counts, leaves, packed, plan, lazy=read_late, kept=kept, on_host=offload == "host", on_mesh=on_mesh
+    )
     steps = [list(step) for step in zip(*(graph.steps(plan) for graph in graphs), strict=True)]
     peak, at, work = {}, "", {"advance": 0.0, "hessian": 0.0, "targets": 0.0, "solve": 0.0}
     for number, own in enumerate(steps):
@@ -188,9 +191,11 @@ def _follows(method: Any) -> bool:
 class _Memory:
     """Bytes that `quantize` holds, by what they are, at the moments of a step that take most."""
 
-    def __init__(self, graphs, counts, leaves, packed, plan, *, lazy: list[bool], kept: bool, on_host: bool):
-        self.graphs, self.counts, self.packed = graphs, counts, packed
-        self.lazy, self.kept = lazy, kept
+    def __init__(
+        self, graphs, counts, leaves, packed, plan, *, lazy: list[bool], kept: bool, on_host: bool, on_mesh: bool
+    ):
+        self.graphs, self.counts, self.packed, self.plan = graphs, counts, packed, plan
+        self.lazy, self.kept, self.on_mesh = lazy, kept, on_mesh
         # Where the device is a CPU, the host's memory is its own.
         self.elsewhere = on_host and jax.default_backend() != "cpu"
         self.sizes = [_itemsize(leaf) for leaf in leaves]
@@ -222,8 +227,8 @@ class _Memory:
             | {"factor": 4 * square + (4 * square if drift else 0)},
             held
             | replaced
-            | {"activations": self._waiting(own), "factor": 4 * square, **self._solving(step, bool(drift))}
-            | {"Hessian": hessian if batch > 1 else 0}
+            | {"activations": self._waiting(own), **self._solving(step, bool(drift))}
+            | {"factor": 4 * square * at_once(batch), "Hessian": hessian if batch > 1 else 0}
             | {"read ahead": self._ahead(steps, number)},
         ]
 
@@ -277,11 +282,10 @@ class _Memory:
     def _solving(self, step: Step, moved: bool) -> dict[str, int]:
         weights = [4 * math.prod(part.layout.shape) for part in step.parts]
         keys = list(map(part_key, step.parts))
-        copies = [_solve_copies(part.layout.out_features) for part in step.parts]
         return {
             "targets": sum(weights) if moved else 0,
             "weights": self._late_bytes(keys),
-            "one solve": int(max(map(operator.mul, copies, weights))),
+            "one solve": max(map(_solve_bytes, stacked(step.parts, self.plan, on_mesh=self.on_mesh))),
             "quantized values of the step": sum(map(self._part_bytes, keys)),
         }
 
@@ -296,9 +300,12 @@ class _Memory:
 SOLVE_COPIES, SOLVE_COPIES_AT_ONCE = 1.5, 5.0
 
 
-def _solve_copies(out_features: int) -> float:
-    in_tiles = jax.default_backend() == "cpu" and outputs_at_once(out_features) <= TILE
-    return SOLVE_COPIES if in_tiles else SOLVE_COPIES_AT_ONCE
+def _solve_bytes(stack: Sequence[Part]) -> int:
+    """Of parts that are solved as one."""
+    outputs = sum(part.layout.out_features for part in stack)
+    in_tiles = jax.default_backend() == "cpu" and outputs_at_once(outputs) <= TILE
+    copies = SOLVE_COPIES if in_tiles else SOLVE_COPIES_AT_ONCE
+    return int(copies * sum(4 * math.prod(part.layout.shape) for part in stack))
 
 
 def _itemsize(leaf: Any) -> int:

@@ -71,12 +71,20 @@ def all_targets(
 
 
 def stacks(executor: Executor, parts: Sequence[Part], plan: dict[int, tuple[Grid, Method]]) -> list[list[Part]]:
-    """The parts of a step by what is solved as one: those of one grid and method, up to `OUTPUTS` outputs."""
+    """The parts of a step by what is solved as one."""
+    return stacked(parts, plan, on_mesh=executor.mesh is not None)
+
+
+def stacked(parts: Sequence[Part], plan: dict[int, tuple[Grid, Method]], *, on_mesh: bool) -> list[list[Part]]:
+    """The parts of a step by what is solved as one: those of one grid and method, up to `OUTPUTS` outputs.
+
+    plan: grid and method by leaf. on_mesh: whether outputs are divided among devices, which have one part at a time.
+    """
     most = OUTPUTS.get(jax.default_backend(), FILLING)
     found: list[list[Part]] = []
     for part in parts:
         method = plan[part.leaf][1]
-        alone = executor.mesh is not None or part.layout.batch_axes or not getattr(method, "separable", False)
+        alone = on_mesh or part.layout.batch_axes or not getattr(method, "separable", False)
         room = most - part.layout.out_features
         fits = (
             stack
@@ -165,8 +173,7 @@ def _solve_matrices(
 def _solve_batch(
     w: jax.Array, target: jax.Array, hessian: Hessian, scales: jax.Array | None, grid: Grid, method: Method
 ) -> Any:
-    """Matrices with a Hessian each: on a CPU one after another; elsewhere as many at once as have an eighth of the
-    Hessians, so that their factors take no more memory than that."""
+    """Matrices with a Hessian each, so many `at_once`."""
 
     def solve(operands):
         w, target, hessian, scales = operands
@@ -174,9 +181,15 @@ def _solve_batch(
         weight, info = method.solve(target, scaled, grid)
         return weight, info, _rtn_error(w, target, hessian, info, grid)
 
-    most = 1 if jax.default_backend() in ONE_BY_ONE else max(1, len(w) // 8)
-    at_once = next(count for count in range(most, 0, -1) if len(w) % count == 0)
-    return jax.lax.map(solve, (w, target, hessian, scales), batch_size=at_once if at_once > 1 else None)
+    count = at_once(len(w))
+    return jax.lax.map(solve, (w, target, hessian, scales), batch_size=count if count > 1 else None)
+
+
+def at_once(matrices: int) -> int:
+    """How many matrices of a batch are solved at a time: on a CPU one; elsewhere as many as have an eighth of the
+    Hessians, so that their factors take no more memory than that."""
+    most = 1 if jax.default_backend() in ONE_BY_ONE else max(1, matrices // 8)
+    return next(count for count in range(most, 0, -1) if matrices % count == 0)
 
 
 def share(hessian: Hessian, drift: Drift | None = None) -> tuple[Hessian, Drift | None]:

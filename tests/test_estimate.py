@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jgptq
-from jgptq import GPTQ, Grid, Options
+from jgptq import GPTQ, Grid, Options, solves
 from jgptq.models import MODELS, LanguageModel
 from jgptq.phases import Phases
 from jgptq.report import nbytes
@@ -146,7 +146,7 @@ def test_more_batches_take_more_memory_and_time_and_a_second_model_twice_the_act
 
 def test_an_8b_model_is_estimated_from_its_shapes(monkeypatch):
     """The layers of Llama-3-8B on 128 windows of 2048 tokens. Nothing waits but what its layers hand on."""
-    monkeypatch.setattr(batching, "CPU_BATCH", 6 << 30)
+    monkeypatch.setattr(batching, "CPU_BATCH", 2 << 30)
     sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
     config = MODELS["llama"].parse_config({"model_type": "llama", **sizes, **heads})
@@ -241,3 +241,24 @@ def test_outputs_that_cannot_be_divided_are_solved_at_once(outputs, copies):
     w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, outputs), (1, 64)))
     found = jgptq.estimate(lambda w, x: x @ w, w, [x], grid=GRID, method=PLAIN)
     assert dict(found.peak)["one solve"] == int(copies * 4 * 64 * outputs)
+
+
+@pytest.mark.parametrize(("limit", "outputs"), [(0, 96), (64, 96), (128, 128), (160, 160)])
+def test_weights_solved_as_one_take_what_all_of_their_outputs_do(limit, outputs, monkeypatch):
+    monkeypatch.setattr(solves, "OUTPUTS", {"cpu": limit})
+    params = {
+        name: jax.ShapeDtypeStruct((64, width), jnp.float32) for name, width in {"q": 96, "k": 32, "v": 32}.items()
+    }
+    x = jax.ShapeDtypeStruct((1, 64), jnp.float32)
+    found = jgptq.estimate(lambda params, x: [x @ w for w in params.values()], params, [x], grid=GRID, method=PLAIN)
+    assert dict(found.peak)["one solve"] == 1.5 * 4 * 64 * outputs
+
+
+@pytest.mark.parametrize(("one_by_one", "factors"), [(("cpu",), 1), ((), 3)])
+def test_experts_solved_at_once_take_a_factor_each(one_by_one, factors, monkeypatch):
+    """Of 30, three: the largest divisor of 30 up to an eighth of it."""
+    monkeypatch.setattr(solves, "ONE_BY_ONE", one_by_one)
+    w, x = (jax.ShapeDtypeStruct((30, rows, 64), jnp.float32) for rows in (64, 1))
+    found = jgptq.estimate(lambda w, x: jnp.einsum("etd,edf->etf", x, w), w, [x], grid=GRID, method=PLAIN)
+    assert dict(found.peak)["factor"] == factors * 4 * 64 * 64
+    assert dict(found.peak)["Hessian"] == 30 * 4 * 64 * 64

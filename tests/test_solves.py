@@ -1,6 +1,7 @@
 """Weights solved as one where they share their inputs, against the same weights solved for themselves."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import jgptq
-from jgptq import AWQ, GPTQ, OBQ, RTN, Grid, Options, solves
+from jgptq import AWQ, GPTQ, OBQ, RTN, Grid, Hessian, Options, solves
 
 GRID = Grid(bits=3, group_size=8)
 PLAIN = GPTQ(scale_search=None, sweeps=0)
@@ -95,8 +96,25 @@ def test_a_run_interrupted_between_weights_of_one_solve_ends_with_the_same_bits(
     assert all(finished[name] is before[name] for name in ("first", "q", "v"))
 
 
+@pytest.fixture
+def forgotten():
+    """What is compiled does not see that ONE_BY_ONE is another."""
+    solves._solve_batch.clear_cache()
+    yield
+    solves._solve_batch.clear_cache()
+
+
+def matrices_factored():
+    """Of each factorization in the program that solves 24 experts of 8 inputs: 1 where it is of a single matrix."""
+    w, hessian = jnp.zeros((24, 8, 8)), Hessian(jnp.zeros((24, 8, 8)), jnp.zeros(24, jnp.int32))
+    jaxpr = str(jax.make_jaxpr(lambda w, hessian: solves._solve_batch(w, w, hessian, None, GRID, PLAIN))(w, hessian))
+    shapes = re.findall(r"f32\[([\d,]+)\] = cholesky", jaxpr)
+    assert shapes
+    return {shape.removesuffix("8,8").rstrip(",") or "1" for shape in shapes}
+
+
 @pytest.mark.parametrize("method", [PLAIN, AWQ(solver=PLAIN, points=2)], ids=lambda method: method.name)
-def test_experts_solved_at_once_are_as_one_after_another(method, monkeypatch):
+def test_experts_solved_at_once_are_as_one_after_another(method, forgotten, monkeypatch):
     rng = np.random.default_rng(1)
     params = {name: jnp.asarray(rng.standard_normal((24, 8, 8)), jnp.float32) for name in ("up", "down")}
     x = rng.standard_normal((24, 40, 8)).astype(np.float32)
@@ -105,8 +123,10 @@ def test_experts_solved_at_once_are_as_one_after_another(method, monkeypatch):
         return jnp.einsum("etd,edf->etf", jax.nn.relu(jnp.einsum("etd,edf->etf", x, params["up"])), params["down"])
 
     expected, report = jgptq.quantize(experts, params, [x], grid=GRID, method=method)
+    assert matrices_factored() == {"1"}
     solves._solve_batch.clear_cache()
     monkeypatch.setattr(solves, "ONE_BY_ONE", ())
     at_once, other = jgptq.quantize(experts, params, [x], grid=GRID, method=method)
+    assert matrices_factored() == {"3"}
     same(at_once, expected)
     np.testing.assert_allclose([row.loss for row in other.rows], [row.loss for row in report.rows], rtol=1e-5)
