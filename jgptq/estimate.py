@@ -87,7 +87,8 @@ def estimate(
     """What `quantize` with the same arguments will take on one device; nothing is read, and one small product computed.
 
     params, batches: as for `quantize`, or jax.ShapeDtypeStructs in place of arrays; batches are joined and cut as
-    there without a loss, and inputs that are shapes count as equal in all batches where they have no rows. A Flax NNX module takes the place of f and params.
+    there without a loss, and inputs that are shapes count as equal in all batches where they have no rows. A Flax NNX
+    module takes the place of f and params.
     lazy: whether parameters are read when needed; None: each leaf of params as it is, shapes counting as lazy.
     kept: whether `quantize` keeps packed weights in memory, as it does without `finished=`.
     """
