@@ -13,7 +13,8 @@ from jgptq.kernels.matmul import matmul
 from jgptq.kernels.prepack import prepack, unprepack
 from jgptq.modules import allocate, estimate, find_weights, quantize, quantized
 from jgptq.perplexity import compare, next_token_loss, perplexity
-from jgptq.quantize import Options, QuantizationWarning, Report, Row
+from jgptq.quantize import QuantizationWarning, Report, Row
+from jgptq.rules import Options
 from jgptq.sharding import shard
 from jgptq.solvers import AWQ, GPTQ, METHODS, OBQ, PRESETS, RTN, Info, Targets, awq_scales, gptq, obq, rtn
 from jgptq.tensor import QuantizedTensor, dequantize

@@ -18,9 +18,10 @@ import numpy as np
 from jgptq.executor import Executor, part_key
 from jgptq.grid import BITS, Grid
 from jgptq.hessian import Hessian
-from jgptq.quantize import Options, Rule, checked_rules, chosen_sites, settings_of, share
+from jgptq.rules import Options, Rule, checked_rules, chosen_sites, settings_of
 from jgptq.solvers import AWQ, Method
-from jgptq.tensor import Layout
+from jgptq.solves import share
+from jgptq.tensor import Index, Layout
 from jgptq.tracing.gradients import Loss
 from jgptq.tracing.graph import Part, Site, Step
 
@@ -80,7 +81,28 @@ def allocate(
     elements = sum(math.prod(site.shape) for site in sites.values())
     budget = _checked_budget(average_bits, elements, float(fixed + sum(table.min() for table in sizes.values())))
     sensitivity = executor.weigh(loss) if loss is not None else {}
-    errors: list[tuple[int, float | None, np.ndarray]] = []
+    costs = _costs(_all_errors(executor, steps, plan, sites, choices, grids, sensitivity))
+    groups = _fused(free, steps) if together else [[leaf] for leaf in free]
+    picked = allocation(
+        np.array([sum(costs[leaf] for leaf in group) for group in groups]),
+        np.array([sum(sizes[leaf] for leaf in group) for group in groups]),
+        float(budget - fixed),
+    )
+    grid_of = {leaf: grids[pick] for group, pick in zip(groups, picked, strict=True) for leaf in group}
+    return [_rule(sites[leaf], grid, given) for leaf, grid in sorted(grid_of.items())] + given
+
+
+def _all_errors(
+    executor: Executor,
+    steps: Sequence[Step],
+    plan: dict[int, tuple[Grid | None, Method]],
+    sites: dict[int, Site],
+    choices: dict[int, list[int]],
+    grids: Sequence[Grid],
+    sensitivity: dict[tuple[int, Index], float],
+) -> list[tuple[int, float | None, np.ndarray]]:
+    """Of each part that may choose: its leaf, what its output's errors cost if that is known, and these by grid."""
+    found = []
     for step in steps:
         parts = [part for part in step.parts if part.leaf in choices]
         if not parts:
@@ -92,16 +114,8 @@ def allocate(
             site, (_, of) = sites[part.leaf], plan[part.leaf]
             relative, output = _errors(executor, site, part, hessian, grids, choices[part.leaf], of)
             minded = sensitivity.get(part_key(part))
-            errors.append((part.leaf, None if minded is None else minded * output, relative))
-    costs = _costs(errors)
-    groups = _fused(free, steps) if together else [[leaf] for leaf in free]
-    picked = allocation(
-        np.array([sum(costs[leaf] for leaf in group) for group in groups]),
-        np.array([sum(sizes[leaf] for leaf in group) for group in groups]),
-        float(budget - fixed),
-    )
-    grid_of = {leaf: grids[pick] for group, pick in zip(groups, picked, strict=True) for leaf in group}
-    return [_rule(sites[leaf], grid, given) for leaf, grid in sorted(grid_of.items())] + given
+            found.append((part.leaf, None if minded is None else minded * output, relative))
+    return found
 
 
 def stored_bits(layout: Layout, grid: Grid) -> int:

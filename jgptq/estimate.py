@@ -21,7 +21,8 @@ from jgptq.executor import checked_batches, is_lazy, part_key
 from jgptq.grid import SHRINKS, Grid
 from jgptq.panels import PANEL
 from jgptq.partition import common_mesh
-from jgptq.quantize import Rule, check_offload, checked_rules, chosen_sites, completed, settings_of
+from jgptq.quantize import check_offload
+from jgptq.rules import Rule, checked_rules, chosen_sites, completed, settings_of
 from jgptq.solvers import AWQ, OBQ, RTN, Method
 from jgptq.solvers.method import TILE, outputs_at_once
 from jgptq.solves import at_once, stacked

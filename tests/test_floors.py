@@ -13,7 +13,7 @@ FLOORS = (
     ("solvers", "kernels", "reader"),
     ("tracing", "models", "chat"),
     ("executor", "sharding"),
-    ("scaling", "solves"),
+    ("rules", "scaling", "solves"),
     ("quantize", "checkpoints", "documents"),
     ("allocate", "estimate"),
     ("calibration", "generate", "perplexity", "finetune", "modules", "report", "demo_text", "program_cache"),

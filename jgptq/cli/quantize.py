@@ -31,7 +31,7 @@ from jgptq.estimate import estimate, packed_shape
 from jgptq.finetune import tune
 from jgptq.grid import BITS, Grid
 from jgptq.perplexity import next_token_loss
-from jgptq.quantize import Options, Row, Rule, quantize
+from jgptq.quantize import Row, quantize
 from jgptq.report import (
     estimate_lines,
     estimate_table,
@@ -41,6 +41,7 @@ from jgptq.report import (
     report_json,
     report_table,
 )
+from jgptq.rules import Options, Rule
 from jgptq.solvers import AWQ, METHODS, PRESETS, QUALITIES, Method
 from jgptq.tracing.graph import leaf_paths
 
