@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jgptq.cholesky import HIGHEST, cholesky, divisor
 from jgptq.panels import panel_size
-
-HIGHEST = lax.Precision.HIGHEST
 
 
 @jax.tree_util.register_dataclass
@@ -221,7 +220,7 @@ def factor(hessian: Hessian, damp: Float[Array, ""] | float, order: Int[Array, "
 
     def attempt(state):
         damp, lower, *_ = state
-        lower = _cholesky(_damped(lower, hessian.total, tokens, order, revived + damp * scale))
+        lower = cholesky(_damped(lower, hessian.total, tokens, order, revived + damp * scale))
         # What is not finite in a column makes its pivot so.
         roots = jnp.diagonal(lower)
         pivots = roots * roots
@@ -255,7 +254,7 @@ def _damped(out: Array, total: Array, tokens: Array, order: Array, added: Array)
     Goes into `out`, whose values do not matter, some rows at a time: a loop works in place, the whole would be copied.
     """
     slots = order.shape[0]
-    size = _divisor(slots, 128)
+    size = divisor(slots, 128)
 
     def rows(block, out):
         here = (block * size + jnp.arange(size))[:, None]
@@ -265,57 +264,3 @@ def _damped(out: Array, total: Array, tokens: Array, order: Array, added: Array)
         return lax.dynamic_update_slice_in_dim(out, taken, block * size, axis=0)
 
     return lax.fori_loop(0, slots // size, rows, out)
-
-
-def _divisor(n: int, most: int) -> int:
-    """The largest divisor of n up to `most`."""
-    return next(size for size in range(min(most, n), 0, -1) if n % size == 0)
-
-
-def _cholesky(matrix: Float[Array, "in in"]) -> Float[Array, "in in"]:
-    """The lower triangular G with GᵀG a symmetric matrix of which the lower triangle is given, zeros above.
-
-    On a CPU block by block, in place: the library's takes two more matrices, to turn rows into columns and back, and
-    more time for it (2816 inputs on 2 cores: 0.77 s, and 0.43 s here).
-    """
-    n = matrix.shape[0]
-    size = _divisor(n, 512)
-    if jax.default_backend() != "cpu" or size < min(n, 64):
-        return _turned(matrix)
-    return _in_blocks(matrix, size)
-
-
-def _in_blocks(matrix: Float[Array, "in in"], size: int) -> Float[Array, "in in"]:
-    def block(matrix, i, j):
-        return lax.dynamic_slice(matrix, (i * size, j * size), (size, size))
-
-    def left(matrix, i, j):
-        """What is left of a block when the rows after it are done."""
-
-        def product(k, left):
-            return left - jnp.dot(block(matrix, k, i).T, block(matrix, k, j), precision=HIGHEST)
-
-        return lax.fori_loop(i + 1, count, product, block(matrix, i, j))
-
-    def row(step, matrix):
-        i = count - 1 - step
-        # The library spends much of its time on a block this large starting threads.
-        corner = _in_blocks(jnp.tril(left(matrix, i, i)), inner) if inner < size else _turned(left(matrix, i, i))
-        inverse = lax.linalg.triangular_solve(corner, jnp.eye(size, dtype=matrix.dtype), left_side=True, lower=True)
-        matrix = lax.dynamic_update_slice(matrix, corner, (i * size, i * size))
-
-        def before(j, matrix):
-            solved = jnp.dot(inverse.T, left(matrix, i, j), precision=HIGHEST)
-            return lax.dynamic_update_slice(matrix, solved, (i * size, j * size))
-
-        return lax.fori_loop(0, i, before, matrix)
-
-    count, inner = matrix.shape[0] // size, _divisor(size, 128)
-    inner = inner if inner >= 64 else size
-    return lax.fori_loop(0, count, row, matrix)
-
-
-def _turned(matrix: Float[Array, "in in"]) -> Float[Array, "in in"]:
-    """The same from the library's factor, C Cᵀ of the matrix read backwards."""
-    # Read backwards, the triangle that is given lies above.
-    return lax.linalg.cholesky(matrix[::-1, ::-1].T, symmetrize_input=False)[::-1, ::-1].T

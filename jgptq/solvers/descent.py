@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jgptq import grid as grids
 from jgptq.accelerators import HOPPERS, runs_on
+from jgptq.cholesky import inverses
 from jgptq.hessian import HIGHEST
 from jgptq.solvers import fits
 
@@ -184,6 +185,4 @@ def _strip(w, feedback, block, rows, grid) -> Solution:
 def group_inverses(lower: Float[Array, "in in"], group: int) -> Float[Array, "groups group group"]:
     """The inverse of each group's own block of L."""
     starts = jnp.arange(0, lower.shape[0], group)
-    blocks = lax.map(lambda start: lax.dynamic_slice(lower, (start, start), (group, group)), starts)
-    eye = jnp.broadcast_to(jnp.eye(group, dtype=lower.dtype), blocks.shape)
-    return lax.linalg.triangular_solve(blocks, eye, left_side=True, lower=True, unit_diagonal=True)
+    return inverses(lax.map(lambda start: lax.dynamic_slice(lower, (start, start), (group, group)), starts))

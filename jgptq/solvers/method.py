@@ -102,7 +102,7 @@ def check_damp(damp: Any) -> None:
 
 # Outputs taken at once on a CPU, at most: more take memory and no less time. Elsewhere all are: solvers go through the
 # inputs one by one, and it is outputs that fill a GPU.
-TILE = 256
+TILE = 1024
 
 
 def outputs_at_once(out_features: int) -> int:
@@ -121,7 +121,7 @@ def over_outputs(f: Callable, w: Float[Array, "in out"]) -> Any:
 
 
 # Outputs, or sums of outputs, of which energies are computed.
-SUMS = 1024
+SUMS = 256
 
 
 def energy(shared: Any, arrays: tuple[Array, ...], difference: Callable = lambda w: w) -> Float[Array, ""]:

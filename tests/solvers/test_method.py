@@ -17,7 +17,7 @@ def case(outputs, spectrum=0.0):
     return hessian, d, exact
 
 
-@pytest.mark.parametrize("outputs", [1, 700, SUMS])
+@pytest.mark.parametrize("outputs", [1, 100, SUMS])
 def test_it_is_exact_up_to_as_many_outputs_as_sums(outputs):
     hessian, d, exact = case(outputs)
     assert float(energy(hessian, (jnp.asarray(d),))) == pytest.approx(exact, rel=1e-5)
@@ -27,7 +27,7 @@ def test_it_is_exact_up_to_as_many_outputs_as_sums(outputs):
 @pytest.mark.parametrize("spectrum", [0.0, 2.0])
 def test_the_estimate_is_near(outputs, spectrum):
     hessian, d, exact = case(outputs, spectrum)
-    # Three standard deviations of the worst case, all outputs alike, are 13 %; these are far from it.
+    # Three standard deviations of the worst case, all outputs alike, are 27 %; these are far from it.
     assert float(energy(hessian, (jnp.asarray(d),))) == pytest.approx(exact, rel=0.05)
 
 
