@@ -98,15 +98,13 @@ def measure(args, model, params, tokenizer) -> list[dict]:
                 started = time.perf_counter()
                 if method is None:
                     served, packed, seconds = by_gptqmodel(args, grid, draw)
-                elif name == TUNED and best:
-                    packed, before = best[number]
-                    packed, _ = jgptq.tune(model.apply, params, packed, draw)
-                    served, seconds = model, before + time.perf_counter() - started
                 else:
-                    served, (packed, _) = model, jgptq.quantize(model.apply, params, draw, grid=grid, method=method)
+                    served, (packed, before) = model, best[number] if name == TUNED and best else (None, 0.0)
+                    if packed is None:
+                        packed, _ = jgptq.quantize(model.apply, params, draw, grid=grid, method=method)
                     if name == TUNED:
                         packed, _ = jgptq.tune(model.apply, params, packed, draw)
-                    seconds = time.perf_counter() - started
+                    seconds = before + time.perf_counter() - started
                     if name == BEST:
                         best.append((packed, seconds))
                 bos = calibration.bos_token(tokenizer)

@@ -86,7 +86,7 @@ def _by_rows(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 def inverses(lower: Float[Array, "blocks n n"]) -> Float[Array, "blocks n n"]:
     """The inverses of lower triangular matrices: of small blocks on the diagonal, then of pairs of them, and so on."""
-    blocks, n, _ = lower.shape
+    n = lower.shape[-1]
     if jax.default_backend() != "cpu":
         eye = jnp.broadcast_to(jnp.eye(n, dtype=lower.dtype), lower.shape)
         return lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)

@@ -23,8 +23,8 @@ from jgptq.panels import PANEL
 from jgptq.partition import common_mesh
 from jgptq.quantize import check_offload
 from jgptq.rules import Rule, checked_rules, chosen_sites, completed, settings_of
-from jgptq.solvers import AWQ, OBQ, RTN, Method
-from jgptq.solvers.method import TILE, outputs_at_once
+from jgptq.solvers import AWQ, GPTQ, OBQ, RTN, Method
+from jgptq.solvers.method import TILE, TILE_WITHOUT_SEARCH, outputs_at_once
 from jgptq.solves import at_once, stacked
 from jgptq.tensor import QuantizedTensor, from_codes
 from jgptq.tracing.batching import Room, as_given, largest
@@ -230,7 +230,7 @@ class _Memory:
             held
             | replaced
             | {"activations": self._waiting(own), **self._solving(step, bool(drift))}
-            | {"factor": 4 * square * at_once(batch), "Hessian": hessian if batch > 1 else 0}
+            | {"factor": 4 * square * self._factors(step), "Hessian": hessian if batch > 1 else 0}
             | {"read ahead": self._ahead(steps, number)},
         ]
 
@@ -287,9 +287,17 @@ class _Memory:
         return {
             "targets": sum(weights) if moved else 0,
             "weights": self._late_bytes(keys),
-            "one solve": max(map(_solve_bytes, stacked(step.parts, self.plan, on_mesh=self.on_mesh))),
+            "one solve": max(
+                _solve_bytes(stack, self.plan[stack[0].leaf][1])
+                for stack in stacked(step.parts, self.plan, on_mesh=self.on_mesh)
+            ),
             "quantized values of the step": sum(map(self._part_bytes, keys)),
         }
+
+    def _factors(self, step: Step) -> int:
+        """Of a step's Hessian at a time, one for each order that is tried."""
+        orders = max(_orders(self.plan[part.leaf][1]) for part in step.parts)
+        return orders * at_once(_sizes(step.parts[0])[-1])
 
     def _ahead(self, steps: list[list[Step]], number: int) -> int:
         """Of the next step's weights, which wait in the host's memory: that of the device only if it is a CPU."""
@@ -298,16 +306,27 @@ class _Memory:
         return self._late_bytes(map(part_key, steps[number + 1][0].parts))
 
 
-# What one solve takes at most, in float32 copies of its weight: where outputs go up to 256 at a time, and all at once.
-SOLVE_COPIES, SOLVE_COPIES_AT_ONCE = 1.5, 5.0
+# What one solve takes at most, in float32 copies of its weight: where outputs go up to TILE at a time, and all at once.
+# Where as many as TILE_WITHOUT_SEARCH go at a time, copies of what these have of the weight, and of the whole.
+SOLVE_COPIES, SOLVE_COPIES_AT_ONCE, TILE_COPIES, WHOLE_COPIES = 1.5, 5.0, 4.5, 0.5
 
 
-def _solve_bytes(stack: Sequence[Part]) -> int:
+def _solve_bytes(stack: Sequence[Part], method: Any) -> int:
     """Of parts that are solved as one."""
     outputs = sum(part.layout.out_features for part in stack)
-    in_tiles = jax.default_backend() == "cpu" and outputs_at_once(outputs) <= TILE
-    copies = SOLVE_COPIES if in_tiles else SOLVE_COPIES_AT_ONCE
+    tile = TILE if _searches(method) else TILE_WITHOUT_SEARCH
+    at_once = outputs_at_once(outputs, tile)
+    copies = SOLVE_COPIES if tile == TILE else TILE_COPIES * at_once / outputs + WHOLE_COPIES
+    if jax.default_backend() != "cpu" or at_once > tile:
+        copies = SOLVE_COPIES_AT_ONCE
     return int(copies * sum(4 * math.prod(part.layout.shape) for part in stack))
+
+
+def _searches(method: Any) -> bool:
+    """Whether scales are searched for, or what is quantized is not GPTQ's."""
+    if isinstance(method, AWQ):
+        return _searches(method.solver)
+    return not isinstance(method, GPTQ) or method.scale_search is not None
 
 
 def _itemsize(leaf: Any) -> int:
@@ -349,11 +368,16 @@ def _work(graphs: list[Graph], counts: list[int], steps: list[list[Step]], numbe
     return work
 
 
+def _orders(method: Any) -> int:
+    """How many orders of inputs are tried."""
+    return _orders(method.solver) if isinstance(method, AWQ) else getattr(method, "orders", 1)
+
+
 def _prepare_work(method: Any, n: int) -> float:
-    """The Hessian's factor, for AWQ one for each scaling that is judged by a solve as well."""
+    """The Hessian's factor in each order, for AWQ one for each scaling that is judged by a solve as well."""
     if isinstance(method, AWQ):
         return _prepare_work(method.solver, n) + method.points * _prepare_work(method.judge, n)
-    return n**3 / 3 if hasattr(method, "prepare") else 0.0
+    return _orders(method) * n**3 / 3 if hasattr(method, "prepare") else 0.0
 
 
 def _solve_work(n: int, outputs: int, grid: Grid, method: Any) -> float:
@@ -377,7 +401,7 @@ def _solve_work(n: int, outputs: int, grid: Grid, method: Any) -> float:
     sweeps = getattr(method, "sweeps", 0)
     solves = (CANDIDATES if search == "in_loop" else 0) + sweeps * CANDIDATES / 2
     loop = COLUMN_LOOP + SEARCH * solves * grid.group_length(n)
-    return outputs * n * (3 * n + 4 * n * sweeps + loop)
+    return _orders(method) * outputs * n * (3 * n + 4 * n * sweeps + loop)
 
 
 def _rounding_work(searched: bool) -> float:

@@ -129,17 +129,20 @@ def quantization_order(diagonal: np.ndarray, group_size: int, act_order) -> np.n
     return np.array(sorted(inputs, key=lambda i: -diagonal[i]))
 
 
-def gptq(w, h, *, bits, group_size, symmetric, act_order=False, damp=0.01, scale_dtype=np.float16) -> Solution:
+def gptq(
+    w, h, *, bits, group_size, symmetric, act_order=False, damp=0.01, scale_dtype=np.float16, order_weights=1.0
+) -> Solution:
     """Algorithm 1 of Frantar et al. 2023, one input at a time, every remaining input updated at once.
 
-    w (in, out); h (in, in), the mean of x xᵀ. A group's grid is fitted to the current weights when the first of its
-    inputs is reached; with static groups, to the original weights. loss is that of the damped Hessian.
+    w (in, out); h (in, in), the mean of x xᵀ. order_weights multiply the diagonal by which inputs are ordered. A
+    group's grid is fitted to the current weights when the first of its inputs is reached; with static groups, to the
+    original weights. loss is that of the damped Hessian.
     """
     w = np.array(w, np.float64)
     n, out = w.shape
     group_size = n if group_size is None else min(group_size, n)
     groups = -(-n // group_size)
-    order = quantization_order(np.diagonal(h), group_size, act_order)
+    order = quantization_order(np.diagonal(h) * order_weights, group_size, act_order)
     if act_order is True:
         group = np.zeros(n, int)
         group[order] = np.arange(n) // group_size

@@ -174,6 +174,18 @@ def test_a_better_quality_takes_more_to_solve():
     assert solving("awq", "balanced") > solving("awq", "fast") > 20 * solving("rtn", "fast") / 2
 
 
+def test_each_order_takes_a_factor_and_a_solve():
+    def of(method):
+        w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 16), (1, 512)))
+        return jgptq.estimate(lambda w, x: x @ w, w, [x], grid=GRID, method=method)
+
+    one, three = (of(GPTQ(orders=orders, targets=None)) for orders in (1, 3))
+    assert dict(three.flops)["solve"] == pytest.approx(3 * dict(one.flops)["solve"])
+    assert dict(three.peak)["factor"] == 3 * 4 * 512**2
+    judged = of(jgptq.AWQ(solver=GPTQ(orders=3), judge=GPTQ(targets=None)))
+    assert dict(judged.peak)["factor"] == dict(three.peak)["factor"]
+
+
 def test_each_scaling_is_judged_by_a_solve():
     """Five judges' solves come to what five weights take that are solved as the judge solves."""
 
@@ -235,11 +247,17 @@ def test_what_is_read_ahead_is_in_the_hosts_memory(monkeypatch):
     assert "read ahead" not in step("gpu")
 
 
-@pytest.mark.parametrize(("outputs", "copies"), [(1024, 1.5), (1031, 5.0)])
-def test_outputs_that_cannot_be_divided_are_solved_at_once(outputs, copies):
+SEARCHED = GPTQ(targets=None)
+
+
+@pytest.mark.parametrize(
+    ("method", "outputs", "copies"),
+    [(SEARCHED, 1024, 1.5), (SEARCHED, 1031, 5.0), (PLAIN, 1024, 5.0), (PLAIN, 4096, 1.625), (PLAIN, 1031, 5.0)],
+)
+def test_outputs_that_cannot_be_divided_are_solved_at_once(method, outputs, copies):
     """1031 is a prime."""
     w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, outputs), (1, 64)))
-    found = jgptq.estimate(lambda w, x: x @ w, w, [x], grid=GRID, method=PLAIN)
+    found = jgptq.estimate(lambda w, x: x @ w, w, [x], grid=GRID, method=method)
     assert dict(found.peak)["one solve"] == int(copies * 4 * 64 * outputs)
 
 
@@ -251,7 +269,7 @@ def test_weights_solved_as_one_take_what_all_of_their_outputs_do(limit, outputs,
     }
     x = jax.ShapeDtypeStruct((1, 64), jnp.float32)
     found = jgptq.estimate(lambda params, x: [x @ w for w in params.values()], params, [x], grid=GRID, method=PLAIN)
-    assert dict(found.peak)["one solve"] == 1.5 * 4 * 64 * outputs
+    assert dict(found.peak)["one solve"] == 5 * 4 * 64 * outputs
 
 
 @pytest.mark.parametrize(("one_by_one", "factors"), [(("cpu",), 1), ((), 3)])

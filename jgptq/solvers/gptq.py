@@ -26,6 +26,8 @@ from jgptq.hessian import HIGHEST, Factor, Hessian, factor
 from jgptq.solvers import fits
 from jgptq.solvers.descent import CHUNK, STRIP, Block, Rows, descend, group_inverses
 from jgptq.solvers.method import (
+    TILE,
+    TILE_WITHOUT_SEARCH,
     Info,
     check_damp,
     check_hessian,
@@ -210,7 +212,7 @@ def _packed(weights, orders, grid, *options):
 
 
 class Solved(NamedTuple):
-    """A weight's codes in stored row order and its groups' grids; loss and added by output, as `Info` has their sums."""
+    """A weight's codes, rows as they are stored, and its groups' grids; the loss that `Info` has the sum of."""
 
     codes: Integer[Array, "in out"]
     scales: Float[Array, "groups out"]
@@ -276,7 +278,7 @@ def _solve(weights, prepared, grid, act_order, block_size, scale_search, sweeps)
         grids_used = rows or solution
         return solution.codes, grids_used.scales, grids_used.zeros, solution.loss[None], added[None]
 
-    parts = over_outputs(outputs, together)
+    parts = over_outputs(outputs, together, TILE if scale_search else TILE_WITHOUT_SEARCH)
     codes, scales, zeros, loss, added = (jnp.moveaxis(part, 0, 1).reshape(-1, out_features) for part in parts)
 
     codes = jnp.zeros((in_features, out_features), jnp.uint8).at[inputs].set(codes, mode="drop")

@@ -23,8 +23,8 @@ class Info:
 
     loss: the solver's objective: mean squared output error summed over output features, damping included.
     relative_error: output error energy over output energy, tr(ΔᵀHΔ) / tr(WᵀHW), without damping.
-    output: the output energy. Of more than 1024 outputs an estimate (see `energy`), in relative_error too: off by
-    about 1 % on trained weights, seldom by 3 %, and by the same factor for every method.
+    output: the output energy. Of more than 256 outputs an estimate (see `energy`), in relative_error too: off by
+    about 2 % on trained weights, seldom by 5 %, and by the same factor for every method.
     damp: damping used, in units of the mean diagonal; larger than asked for when the factorization failed there.
     tokens: calibration tokens seen. dead_inputs: inputs that were always zero. failed: no sound factorization; the
     codes mean nothing. scales_at_limit: scales that their dtype could not hold.
@@ -100,22 +100,23 @@ def check_damp(damp: Any) -> None:
         raise ValueError(f"damp={damp!r}; give a number from 0 to {MAX_DAMP}, in units of the Hessian's mean diagonal")
 
 
-# Outputs taken at once on a CPU, at most: more take memory and no less time. Elsewhere all are: solvers go through the
-# inputs one by one, and it is outputs that fill a GPU.
-TILE = 1024
+# Outputs taken at once on a CPU, at most: more take memory and no less time, but for solves that search for no scales,
+# which are a fifth faster. Elsewhere all are: solvers go through the inputs one by one, and it is outputs that fill a
+# GPU.
+TILE, TILE_WITHOUT_SEARCH = 256, 1024
 
 
-def outputs_at_once(out_features: int) -> int:
-    """How many outputs `over_outputs` takes: on a CPU all, too, where no number from TILE / 4 to TILE divides them."""
-    most = min(TILE if jax.default_backend() == "cpu" else out_features, out_features)
+def outputs_at_once(out_features: int, tile: int = TILE) -> int:
+    """How many outputs `over_outputs` takes: on a CPU all, too, where no number from tile / 4 to tile divides them."""
+    most = min(tile if jax.default_backend() == "cpu" else out_features, out_features)
     size = max(size for size in range(1, most + 1) if out_features % size == 0)
-    return size if size >= TILE // 4 else out_features
+    return size if size >= tile // 4 else out_features
 
 
-def over_outputs(f: Callable, w: Float[Array, "in out"]) -> Any:
+def over_outputs(f: Callable, w: Float[Array, "in out"], tile: int = TILE) -> Any:
     """f of some outputs of w, for one part of them after another; its results are stacked."""
     out_features = w.shape[1]
-    size = outputs_at_once(out_features)
+    size = outputs_at_once(out_features, tile)
     starts = jnp.arange(0, out_features, size)
     return lax.map(lambda start: f(lax.dynamic_slice_in_dim(w, start, size, axis=1)), starts)
 
@@ -125,12 +126,12 @@ SUMS = 256
 
 
 def energy(shared: Any, arrays: tuple[Array, ...], difference: Callable = lambda w: w) -> Float[Array, ""]:
-    """tr(dᵀ H d) for d = difference(*arrays), all (in, out), which takes outputs for themselves; exact up to 1024.
+    """tr(dᵀ H d) for d = difference(*arrays), all (in, out), which takes outputs for themselves; exact up to 256.
 
-    Of more it takes 1024 sums of every 1024th output, with random signs, which cancel products of two outputs on the
-    average; times Σ H_kk d_k² of d over that of the sums. A standard deviation of 4.4 % is the most there could be,
-    √(2/1024), were all outputs alike; weights of three small trained models have 1 % (the worst 2.5 %), their rounding
-    errors 0.8 %. The product with H costs as much as a whole solve, and this in_features · 1024 / out of it.
+    Of more it takes 256 sums of every 256th output, with random signs, which cancel products of two outputs on the
+    average; times Σ H_kk d_k² of d over that of the sums. A standard deviation of 9 % is the most there could be,
+    √(2/256), were all outputs alike; weights of three small trained models have 2 % (the worst 5 %), their rounding
+    errors 1 %. The product with H costs as much as a whole solve, and this 256 / out of it.
     """
     in_features, out_features = arrays[0].shape
     size = min(SUMS, out_features)

@@ -10,6 +10,7 @@ import reference
 
 import jgptq
 from jgptq import tensor
+from jgptq.solvers.gptq import _order_weights
 
 # Every pair of options meets once (an orthogonal array); benchmarks/solver.py checks more at one shape. None and 128
 # are the same grid at 64 inputs, where 24 leaves a short last group; at 512 inputs 172 does.
@@ -119,6 +120,34 @@ def test_block_size_changes_no_code(block_size):
     weight, _ = jgptq.gptq(jnp.asarray(w), hessian, grid, act_order="group", block_size=block_size)
     oracle = reference.gptq(w, np.asarray(hessian.mean()), bits=4, group_size=32, symmetric=False, act_order="group")
     np.testing.assert_array_equal(natural_codes(weight), oracle.codes)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_each_output_keeps_the_best_of_several_orders(symmetric):
+    w, x = reference.problem(96, 12)
+    hessian = hessian_of(x)
+    h, weights = np.asarray(hessian.mean()), _order_weights(96, 3)
+    assert (weights[0] == 1).all()
+    solver = jgptq.GPTQ(orders=3, scale_search=None, sweeps=0)
+    weight, info = solver.solve(jnp.asarray(w), hessian, jgptq.Grid(bits=3, group_size=32, symmetric=symmetric))
+    options = {"bits": 3, "group_size": 32, "symmetric": symmetric, "act_order": "group"}
+    tried = [[reference.gptq(w[:, [o]], h, order_weights=own, **options) for own in weights] for o in range(12)]
+    chosen = [int(np.argmin([solution.loss for solution in solutions])) for solutions in tried]
+    assert set(chosen) == {0, 1, 2}
+    best = [solutions[number] for solutions, number in zip(tried, chosen, strict=True)]
+    np.testing.assert_array_equal(natural_codes(weight), np.concatenate([own.codes for own in best], axis=1))
+    assert float(info.loss) == pytest.approx(sum(own.loss for own in best), rel=1e-4)
+    error = reference.relative_error(w, raw_dequantize(weight), h)
+    assert float(info.relative_error) == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"orders": 0}, "orders=0; give a positive integer"), ({"orders": 2, "act_order": True}, "orders=2 are of")],
+)
+def test_orders_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        jgptq.GPTQ(**options)
 
 
 def test_dead_inputs_are_rounded_to_nearest_and_move_nothing(small):
