@@ -92,7 +92,8 @@ def test_codes_and_loss_are_those_of_algorithm_1_in_float64(case):
     zeros = np.full(weight.scales.shape, grid.midpoint) if weight.zeros is None else weight.zeros
     found = reference.agreement(natural_codes(weight), weight.scales, zeros, oracle, bits=bits)
     assert found.unexplained == 0
-    assert found.equal > 0.999
+    # At 8 bits a near-tie moves many later codes of its output by one, as it moves their targets by a step.
+    assert found.equal > (0.998 if bits == 8 else 0.999)
     # Each near-tie lost to float32 should be rare: one output feature in a hundred.
     assert found.ties <= 1 + out_features // 100
     np.testing.assert_array_equal(raw_dequantize(weight), weight.dequantize())
