@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "jgptq"
 FLOORS = (
-    ("grid", "packing", "accelerators", "panels", "partition", "phases"),
+    ("grid", "packing", "accelerators", "cholesky", "panels", "partition", "phases"),
     ("tensor", "hessian"),
     ("solvers", "kernels", "reader"),
     ("tracing", "models", "chat"),
