@@ -24,7 +24,8 @@ from jgptq.partition import common_mesh
 from jgptq.quantize import check_offload
 from jgptq.rules import Rule, checked_rules, chosen_sites, completed, settings_of
 from jgptq.solvers import AWQ, GPTQ, OBQ, RTN, Method
-from jgptq.solvers.method import TILE, TILE_WITHOUT_SEARCH, outputs_at_once
+from jgptq.solvers.gptq import tile_of
+from jgptq.solvers.method import TILE, outputs_at_once
 from jgptq.solves import at_once, stacked
 from jgptq.tensor import QuantizedTensor, from_codes
 from jgptq.tracing.batching import Room, as_given, largest
@@ -229,6 +230,9 @@ class _Memory:
             | {"factor": 4 * square + (4 * square if drift else 0)},
             held
             | replaced
+            | {"activations": self._waiting(own), "Hessian": hessian, **self._factoring(step, bool(drift))},
+            held
+            | replaced
             | {"activations": self._waiting(own), **self._solving(step, bool(drift))}
             | {"factor": 4 * square * self._factors(step), "Hessian": hessian if batch > 1 else 0}
             | {"read ahead": self._ahead(steps, number)},
@@ -294,6 +298,16 @@ class _Memory:
             "quantized values of the step": sum(map(self._part_bytes, keys)),
         }
 
+    def _factoring(self, step: Step, moved: bool) -> dict[str, int]:
+        """Beside the Hessian: its factors, for AWQ a scaled Hessian as well, and what weights are solved towards."""
+        scaled = any(isinstance(self.plan[part.leaf][1], AWQ) for part in step.parts)
+        square = 4 * _sizes(step.parts[0])[1]
+        return {
+            "factor": square * self._factors(step),
+            "scaled Hessian": square if scaled else 0,
+            "targets": sum(4 * math.prod(part.layout.shape) for part in step.parts) if moved else 0,
+        }
+
     def _factors(self, step: Step) -> int:
         """Of a step's Hessian at a time, one for each order that is tried."""
         orders = max(_orders(self.plan[part.leaf][1]) for part in step.parts)
@@ -314,19 +328,22 @@ SOLVE_COPIES, SOLVE_COPIES_AT_ONCE, TILE_COPIES, WHOLE_COPIES = 1.5, 5.0, 4.5, 0
 def _solve_bytes(stack: Sequence[Part], method: Any) -> int:
     """Of parts that are solved as one."""
     outputs = sum(part.layout.out_features for part in stack)
-    tile = TILE if _searches(method) else TILE_WITHOUT_SEARCH
-    at_once = outputs_at_once(outputs, tile)
-    copies = SOLVE_COPIES if tile == TILE else TILE_COPIES * at_once / outputs + WHOLE_COPIES
-    if jax.default_backend() != "cpu" or at_once > tile:
+    tile = _tile(method)
+    together = outputs_at_once(outputs, tile)
+    if jax.default_backend() != "cpu" or together > tile:
         copies = SOLVE_COPIES_AT_ONCE
-    return int(copies * sum(4 * math.prod(part.layout.shape) for part in stack))
+    else:
+        copies = SOLVE_COPIES if tile == TILE else TILE_COPIES * together / outputs + WHOLE_COPIES
+    size = sum(4 * math.prod(part.layout.shape) for part in stack)
+    # Of several orders the best solution so far waits: codes of a byte, and as much for grids in groups of 32.
+    return int((copies + (0.5 if _orders(method) > 1 else 0.0)) * size)
 
 
-def _searches(method: Any) -> bool:
-    """Whether scales are searched for, or what is quantized is not GPTQ's."""
+def _tile(method: Any) -> int:
+    """Outputs solved at once on a CPU, where they can be divided."""
     if isinstance(method, AWQ):
-        return _searches(method.solver)
-    return not isinstance(method, GPTQ) or method.scale_search is not None
+        return _tile(method.solver)
+    return tile_of(method.scale_search, method.sweeps) if isinstance(method, GPTQ) else TILE
 
 
 def _itemsize(leaf: Any) -> int:

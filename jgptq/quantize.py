@@ -112,7 +112,8 @@ def quantize(
     grid: Grid() unless given. method: a name in METHODS or a Method value.
     quality: what a method's name stands for. "fast": plain GPTQ with group-aware reordering. "balanced": scales and
         zeros chosen with the solver in the loop, and weights that make up for what the quantized layers before them
-        changed; up to three times the time. "best": AWQ's scaling besides, where it folds, judged by solving.
+        changed; up to three times the time. "best": AWQ's scaling besides, where it folds, judged by solving, and for
+        each output the best of four orders of the inputs.
     rules: (pattern, options) pairs, the first that matches a weight's path decides: a glob on the path or a predicate
         on the Site; Options, or None to leave the weight as it is.
     loss: loss(outputs, inputs) of a batch gives one number, such as jgptq.next_token_loss. With it, tokens count by

@@ -9,7 +9,7 @@ from jgptq.solvers.targets import Targets
 
 # With several scalings of the inputs, where these fold away, cheaper solves tell which is best; then several orders.
 _JUDGE = GPTQ(scale_search="lp", sweeps=0)
-_IN_ORDERS = GPTQ(orders=4)
+_SOLVER = GPTQ(orders=4)
 QUALITIES = ("fast", "balanced", "best")
 # What a method's name stands for, by quality. "fast" looks at each weight once; "balanced" takes at most three times
 # as long.
@@ -18,12 +18,12 @@ PRESETS: dict[str, dict[str, Method]] = {
     "gptq": {
         "fast": GPTQ(scale_search=None, sweeps=0, targets=None),
         "balanced": GPTQ(),
-        "best": AWQ(solver=_IN_ORDERS, points=5, judge=_JUDGE, input_scales=False),
+        "best": AWQ(solver=_SOLVER, points=5, judge=_JUDGE, input_scales=False),
     },
     "awq": {
         "fast": AWQ(solver=RTN()),
         "balanced": AWQ(),
-        "best": AWQ(solver=_IN_ORDERS, points=5, judge=_JUDGE),
+        "best": AWQ(solver=_SOLVER, points=5, judge=_JUDGE),
     },
     "obq": dict.fromkeys(QUALITIES, OBQ()),
 }

@@ -100,17 +100,17 @@ def check_damp(damp: Any) -> None:
         raise ValueError(f"damp={damp!r}; give a number from 0 to {MAX_DAMP}, in units of the Hessian's mean diagonal")
 
 
-# Outputs taken at once on a CPU, at most: more take memory and no less time, but for solves that search for no scales,
-# which are a fifth faster. Elsewhere all are: solvers go through the inputs one by one, and it is outputs that fill a
-# GPU.
+# Outputs taken at once on a CPU, at most: more take memory and no less time, but for solves that search for no scales
+# and make no sweeps, which are a fifth faster. Elsewhere all are: solvers go through the inputs one by one, and it is
+# outputs that fill a GPU.
 TILE, TILE_WITHOUT_SEARCH = 256, 1024
 
 
 def outputs_at_once(out_features: int, tile: int = TILE) -> int:
-    """How many outputs `over_outputs` takes: on a CPU all, too, where no number from tile / 4 to tile divides them."""
+    """How many outputs `over_outputs` takes: on a CPU all, too, where no number from TILE / 4 to tile divides them."""
     most = min(tile if jax.default_backend() == "cpu" else out_features, out_features)
     size = max(size for size in range(1, most + 1) if out_features % size == 0)
-    return size if size >= tile // 4 else out_features
+    return size if size >= TILE // 4 else out_features
 
 
 def over_outputs(f: Callable, w: Float[Array, "in out"], tile: int = TILE) -> Any:

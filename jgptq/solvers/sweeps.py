@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jgptq import grid as grids
+from jgptq.cholesky import cholesky, inverses
 from jgptq.grid import Grid, Levels
 from jgptq.hessian import HIGHEST, Factor
 from jgptq.solvers import fits
@@ -32,11 +33,10 @@ def group_factors(factored: Factor, group: int) -> GroupFactors:
     def one(start):
         columns = lax.dynamic_slice_in_dim(factored.lower, start, group, axis=1)
         matrix = jnp.dot(columns.T, factored.pivots[:, None] * columns, precision=HIGHEST)
-        roots_upper = lax.linalg.cholesky(matrix[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
-        roots = jnp.diagonal(roots_upper)
-        half = jax.scipy.linalg.solve_triangular(roots_upper, jnp.eye(group, dtype=matrix.dtype))
-        inverse = jnp.dot(half.T, half, precision=HIGHEST)
-        return GroupFactors(matrix, inverse, roots_upper.T / roots[:, None], roots * roots)
+        lower = cholesky(jnp.tril(matrix))
+        roots, half = jnp.diagonal(lower), inverses(lower[None])[0]
+        inverse = jnp.dot(half, half.T, precision=HIGHEST)
+        return GroupFactors(matrix, inverse, lower / roots[:, None], roots * roots)
 
     return lax.map(one, jnp.arange(0, factored.pivots.shape[0], group))
 

@@ -10,7 +10,7 @@ import reference
 
 import jgptq
 from jgptq import tensor
-from jgptq.solvers.gptq import _order_weights
+from jgptq.solvers.gptq import Solved, _better, _order_weights
 
 # Every pair of options meets once (an orthogonal array); benchmarks/solver.py checks more at one shape. None and 128
 # are the same grid at 64 inputs, where 24 leaves a short last group; at 512 inputs 172 does.
@@ -133,7 +133,11 @@ def test_each_output_keeps_the_best_of_several_orders(symmetric):
     weight, info = solver.solve(jnp.asarray(w), hessian, jgptq.Grid(bits=3, group_size=32, symmetric=symmetric))
     options = {"bits": 3, "group_size": 32, "symmetric": symmetric, "act_order": "group"}
     tried = [[reference.gptq(w[:, [o]], h, order_weights=own, **options) for own in weights] for o in range(12)]
-    chosen = [int(np.argmin([solution.loss for solution in solutions])) for solutions in tried]
+    errors = [
+        [reference.relative_error(w[:, [o]], solution.weight, h) for solution in solutions]
+        for o, solutions in enumerate(tried)
+    ]
+    chosen = [int(np.argmin(own)) for own in errors]
     assert set(chosen) == {0, 1, 2}
     best = [solutions[number] for solutions, number in zip(tried, chosen, strict=True)]
     np.testing.assert_array_equal(natural_codes(weight), np.concatenate([own.codes for own in best], axis=1))
@@ -142,9 +146,55 @@ def test_each_output_keeps_the_best_of_several_orders(symmetric):
     assert float(info.relative_error) == pytest.approx(error, rel=1e-3)
 
 
+def test_more_orders_leave_no_output_with_a_larger_error():
+    """With grids chosen in the loop and sweeps; 72 inputs do not fill three groups."""
+    w, x = reference.problem(72, 12)
+    hessian = hessian_of(x)
+    h = np.asarray(hessian.mean(), np.float64)
+
+    def errors(orders):
+        weight, info = jgptq.GPTQ(orders=orders).solve(jnp.asarray(w), hessian, GRID)
+        d = w - raw_dequantize(weight)
+        found = np.einsum("io,ij,jo->o", d, h, d)
+        energy = np.einsum("io,ij,jo->", w, h, w)
+        assert float(info.relative_error) == pytest.approx(found.sum() / energy, rel=1e-3)
+        return found
+
+    one, three = errors(1), errors(3)
+    assert (three <= one * 1.0001).all()
+    assert (three < one * 0.999).sum() >= 3
+
+
+@pytest.mark.parametrize(("first_failed", "expected"), [(False, [1, 2]), (True, [2, 2])])
+def test_solutions_of_different_damping_are_compared_without_it(first_failed, expected):
+    """The second has the larger loss of both outputs, but in the last output less of it is error."""
+    w, x = reference.problem(8, 2)
+    info = jgptq.gptq(jnp.asarray(w), hessian_of(x), GRID)[1]
+
+    def solved(number, loss, added, **own):
+        parts = {"codes": (4, 2), "scales": (1, 2), "zeros": (1, 2)}
+        arrays = {name: jnp.full(shape, float(number)) for name, shape in parts.items()}
+        arrays |= {"permutation": None, "loss": jnp.array(loss), "added": jnp.array(added)}
+        return Solved(
+            **arrays, info=dataclasses.replace(info, **{name: jnp.asarray(each) for name, each in own.items()})
+        )
+
+    one = solved(1, [1.0, 1.0], [0.1, 0.1], failed=first_failed, damp=0.01)
+    best = _better(one, solved(2, [2.0, 1.5], [1.0, 1.0], failed=False, damp=0.1), "float16")
+    for array in (best.codes, best.scales, best.zeros):
+        np.testing.assert_array_equal(array[0], expected)
+    assert float(best.info.damp) == np.float32(0.1)
+    assert not best.info.failed
+    np.testing.assert_allclose(best.info.loss, 3.5 if first_failed else 2.5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"orders": 0}, "orders=0; give a positive integer"), ({"orders": 2, "act_order": True}, "orders=2 are of")],
+    [
+        ({"orders": True}, "orders=True; give a positive integer"),
+        ({"orders": 0}, "orders=0; give a positive integer"),
+        ({"orders": 2, "act_order": True}, "orders=2 are of"),
+    ],
 )
 def test_orders_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
