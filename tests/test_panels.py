@@ -81,7 +81,7 @@ def test_a_wide_drift_is_summed_in_one_matrix():
 
 
 def test_a_wide_factor_takes_one_matrix_beside_the_hessian():
-    compiled = gptq._prepare.lower(wide_hessian(), 128, 0.01, "group", 128).compile()
+    compiled = gptq._prepare.lower(wide_hessian(), 128, 0.01, "group", 128, struct(WIDE)).compile()
     assert most(compiled) < 2.1
 
 
