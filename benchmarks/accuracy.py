@@ -59,10 +59,12 @@ def texts(file: Path | None, *, held_out: bool) -> list[str]:
 
 def by_gptqmodel(args, grid: jgptq.Grid, batches: list) -> tuple[object, dict, float]:
     """The model as gptqmodel quantizes it on the same windows: model, parameters, seconds."""
+    # It cannot start with fewer than two workers, and by itself takes one on two cores.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, len(os.sched_getaffinity(0)))))
     import gptqmodel
     import torch
 
-    rows = [torch.tensor(np.asarray(row), dtype=torch.long)[None] for batch in batches for row in batch]
+    rows = [torch.tensor(np.asarray(row), dtype=torch.long)[None] for (batch,) in batches for row in batch]
     data = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
     config = gptqmodel.QuantizeConfig(
         bits=grid.bits, group_size=grid.group_size, sym=grid.symmetric, offload_to_disk=False, pack_impl="original"
