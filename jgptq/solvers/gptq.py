@@ -202,11 +202,13 @@ def _check_options(act_order: Any, damp: Any, block_size: Any, scale_search: Any
 
 
 def _packed(weights, factors, grid, *options):
-    solved = None
-    for prepared in factors.orders:
-        other = _solve(tuple(weights), prepared, grids.levels(grid), *options)
-        pairs = zip(solved or (), other, strict=solved is not None)
-        solved = other if solved is None else [_better(*pair, grid.scale_dtype) for pair in pairs]
+    def solve(prepared):
+        return _solve(tuple(weights), prepared, grids.levels(grid), *options)
+
+    first, *others = factors.orders
+    solved = solve(first)
+    for prepared in others:
+        solved = [_better(*pair, grid.scale_dtype) for pair in zip(solved, solve(prepared), strict=True)]
     return [
         (pack(own.codes, own.scales, own.zeros, grid=grid, permutation=own.permutation, dtype=w.dtype), own.info)
         for w, own in zip(weights, solved, strict=True)
