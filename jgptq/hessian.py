@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jgptq.cholesky import HIGHEST, cholesky, divisor
+from jgptq.cholesky import HIGHEST, divisor, factorize
 from jgptq.panels import panel_size
 
 
@@ -220,10 +220,8 @@ def factor(hessian: Hessian, damp: Float[Array, ""] | float, order: Int[Array, "
 
     def attempt(state):
         damp, lower, *_ = state
-        lower = cholesky(_damped(lower, hessian.total, tokens, order, revived + damp * scale))
+        lower, pivots, _ = factorize(_damped(lower, hessian.total, tokens, order, revived + damp * scale))
         # What is not finite in a column makes its pivot so.
-        roots = jnp.diagonal(lower)
-        pivots = roots * roots
         sound = jnp.all(jnp.isfinite(pivots)) & jnp.all(pivots > 0.5 * damp * scale) & jnp.all(pivots > 0)
         return jnp.where(sound, damp, jnp.maximum(10.0 * damp, 1e-4)), lower, pivots, sound
 
@@ -240,7 +238,7 @@ def factor(hessian: Hessian, damp: Float[Array, ""] | float, order: Int[Array, "
     )
     damp, lower, pivots, sound = lax.while_loop(unsound, attempt, start)
     damp = jnp.where(sound, damp, 0.1 * damp)  # the last one tried
-    return Factor(lower / jnp.sqrt(pivots)[:, None], pivots, revived + damp * scale, live, damp, ~sound)
+    return Factor(lower, pivots, revived + damp * scale, live, damp, ~sound)
 
 
 def _taken(array: Array, indices: Array, axis: int) -> Array:

@@ -1,11 +1,11 @@
-"""Cholesky factors read backwards and inverses of triangles against NumPy's in float64."""
+"""Triangular factors and inverses of triangles against NumPy's in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgptq.cholesky import BLOCK, LEAF, _sizes, cholesky, inverses
+from jgptq.cholesky import BLOCK, LEAF, _sizes, factorize, inverses
 
 
 def positive_definite(n: int) -> np.ndarray:
@@ -23,10 +23,16 @@ def backwards(matrix: np.ndarray) -> np.ndarray:
 def test_factors_and_inverses_are_those_of_numpy(n, by_blocks):
     assert bool(_sizes(n)) == by_blocks
     matrix = positive_definite(n)
-    exact = backwards(matrix)
-    found = np.asarray(cholesky(jnp.tril(jnp.asarray(matrix))))
-    assert (np.triu(found, 1) == 0).all()
-    np.testing.assert_allclose(found, exact, atol=2e-6)
+    root = backwards(matrix)
+    exact = root / np.diagonal(root)[:, None]
+    found = factorize(jnp.tril(jnp.asarray(matrix)), inverse=True)
+    assert (np.triu(found.lower, 1) == 0).all()
+    np.testing.assert_allclose(found.lower, exact, atol=2e-6)
+    np.testing.assert_allclose(found.pivots, np.diagonal(root) ** 2, rtol=5e-6)
+    np.testing.assert_allclose(found.inverse, np.linalg.inv(exact), atol=5e-6)
+    alone = factorize(jnp.tril(jnp.asarray(matrix)))
+    assert alone.inverse is None
+    np.testing.assert_array_equal(alone.lower, found.lower)
 
 
 @pytest.mark.parametrize("n", [1, 43, 75, 100, 256])
@@ -39,15 +45,18 @@ def test_inverses_are_those_of_numpy(n):
 
 def test_a_batch_of_factors():
     matrices = np.stack([positive_definite(96), 2 * positive_definite(96)])
-    found = jax.vmap(cholesky)(jnp.tril(jnp.asarray(matrices)))
-    np.testing.assert_allclose(found, [backwards(matrix) for matrix in matrices], atol=2e-6)
+    lower, pivots, _ = jax.vmap(factorize)(jnp.tril(jnp.asarray(matrices)))
+    rebuilt = np.einsum("bki,bk,bkj->bij", *(np.asarray(each, np.float64) for each in (lower, pivots, lower)))
+    np.testing.assert_allclose(rebuilt, matrices, atol=2e-6)
 
 
+@pytest.mark.parametrize("n", [7, 96])
 @pytest.mark.parametrize("where", [0, 50, 95])
-def test_a_negative_pivot_is_not_a_number(where):
-    matrix = np.eye(96, dtype=np.float32)
-    matrix[where, where] = -1
-    assert np.isnan(np.diagonal(cholesky(jnp.asarray(matrix)))).any()
+def test_a_matrix_that_is_not_positive_definite_has_a_pivot_that_says_so(n, where):
+    matrix = np.eye(n, dtype=np.float32)
+    matrix[where % n, where % n] = -1
+    pivots = np.asarray(factorize(jnp.asarray(matrix)).pivots)
+    assert not (pivots > 0).all()
 
 
 def test_leaves_are_never_wider_than_they_may_be():

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jgptq import grid as grids
-from jgptq.cholesky import cholesky, inverses
+from jgptq.cholesky import factorize
 from jgptq.grid import Grid, Levels
 from jgptq.hessian import HIGHEST, Factor
 from jgptq.solvers import fits
@@ -33,10 +33,9 @@ def group_factors(factored: Factor, group: int) -> GroupFactors:
     def one(start):
         columns = lax.dynamic_slice_in_dim(factored.lower, start, group, axis=1)
         matrix = jnp.dot(columns.T, factored.pivots[:, None] * columns, precision=HIGHEST)
-        lower = cholesky(jnp.tril(matrix))
-        roots, half = jnp.diagonal(lower), inverses(lower[None])[0]
-        inverse = jnp.dot(half, half.T, precision=HIGHEST)
-        return GroupFactors(matrix, inverse, lower / roots[:, None], roots * roots)
+        lower, pivots, half = factorize(jnp.tril(matrix), inverse=True)
+        inverse = jnp.dot(half / pivots[None], half.T, precision=HIGHEST)
+        return GroupFactors(matrix, inverse, lower, pivots)
 
     return lax.map(one, jnp.arange(0, factored.pivots.shape[0], group))
 
