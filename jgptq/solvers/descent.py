@@ -171,15 +171,28 @@ def _strip(w, feedback, block, rows, grid) -> Solution:
 
     def column(j, state):
         errors, codes, loss = state
-        t = targets[j] + jnp.dot(lower[j], errors, precision=HIGHEST)
-        scale, zero = rows.scales[rows.index[j]], rows.zeros[rows.index[j]]
+        t = _row(targets, j) + jnp.dot(_row(lower, j), errors, precision=HIGHEST)
+        index = _row(rows.index, j)
+        scale, zero = _row(rows.scales, index), _row(rows.zeros, index)
         code = grids.encode(t, scale, zero, grid.max_code)
         q = grids.decode(code, scale, zero)
-        return errors.at[j].set(w[j] - q), codes.at[j].set(code.astype(jnp.uint8)), loss + pivots[j] * (t - q) ** 2
+        errors, codes = _with_row(errors, j, _row(w, j) - q), _with_row(codes, j, code.astype(jnp.uint8))
+        return errors, codes, loss + _row(pivots, j) * (t - q) ** 2
 
     start = (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8), jnp.zeros(w.shape[1], w.dtype))
     errors, codes, loss = lax.fori_loop(0, n, column, start)
     return Solution(codes, rows.scales[:0], rows.zeros[:0], errors, loss)
+
+
+# Indexing would also ask, with a handful of operations a row, whether a row's number is negative or too large.
+
+
+def _row(array, j):
+    return lax.dynamic_index_in_dim(array, j, keepdims=False, allow_negative_indices=False)
+
+
+def _with_row(array, j, row):
+    return lax.dynamic_update_index_in_dim(array, row, j, axis=0, allow_negative_indices=False)
 
 
 def group_inverses(lower: Float[Array, "in in"], group: int) -> Float[Array, "groups group group"]:
