@@ -1,9 +1,11 @@
-"""The GPTQ paper's own algorithm in plain PyTorch, as the time to beat in benchmarks/solver.py.
+"""The GPTQ paper's own algorithm in PyTorch, as the time to beat in benchmarks/solver.py; two forms of one result.
 
-Written from algorithm 1 of Frantar et al. 2023 and tuned for a CPU: the weight is held (in, out), so that the column
-of the paper is a contiguous row; the update inside a block is one rank-one product in place; denormals are flushed;
-the inverse may come from two triangular solves, which take half the time of torch.cholesky_inverse; and the column
-loop may have its own number of threads, for on a busy machine each of its many small operations waits for a barrier.
+Written from algorithm 1 of Frantar et al. 2023. `original` has the layout and the operations of the authors'
+implementation: the weight is (out, in), so that what goes one by one is a column; the inverse comes from
+torch.cholesky_inverse; every column makes a column of quantized weights, of errors and of losses, and a rank-one update
+of its block. `tuned` is what a CPU likes better: the weight is (in, out), so that a column is a contiguous row; the
+update is one operation in place; denormals are flushed; and the column loop has a number of threads of its own, for
+each of its many small operations waits for all of them.
 """
 
 import time
@@ -20,9 +22,22 @@ class Solution(NamedTuple):
     cpu_seconds: dict[str, float]
 
 
-def fit(w: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Min/max scale and zero of one (group, out) block, the scale rounded to float16 as it will be stored."""
-    low, high = w.amin(0).clamp(max=0), w.amax(0).clamp(min=0)
+class Laps:
+    """CPU seconds of the parts of a run."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(("factorization", "column loop", "trailing products"), 0.0)
+        self._clock = time.process_time()
+
+    def end(self, part: str) -> None:
+        now = time.process_time()
+        self.seconds[part] += now - self._clock
+        self._clock = now
+
+
+def fit(w: torch.Tensor, bits: int, symmetric: bool, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Min/max scale and zero of one group, whose inputs lie along axis `inputs`; float16 scales, as they are stored."""
+    low, high = w.amin(inputs).clamp(max=0), w.amax(inputs).clamp(min=0)
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
@@ -31,7 +46,69 @@ def fit(w: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torc
     return scale.half().float(), zero
 
 
-def gptq(
+def damped(w: torch.Tensor, h: torch.Tensor, damp: float, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies, with dead inputs at zero and damping on the Hessian's diagonal."""
+    w, h = w.clone(memory_format=torch.contiguous_format), h.clone()
+    diagonal = h.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    w[(slice(None),) * inputs + (dead,)] = 0
+    diagonal += damp * diagonal.mean()
+    return w, h
+
+
+def inverse_root(h: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse. Takes the Hessian's memory."""
+    h = torch.linalg.cholesky(h)
+    return torch.linalg.cholesky(torch.cholesky_inverse(h), upper=True)
+
+
+def original(
+    w: torch.Tensor,
+    h: torch.Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool = False,
+    damp: float = 0.01,
+    block_size: int = 128,
+    threads: int = 2,
+) -> Solution:
+    """w (in, out) and h (in, in) float32; group_size a multiple or divisor of block_size. Changes neither."""
+    torch.set_num_threads(threads)
+    laps = Laps()
+    w, h = damped(w.T, h, damp, inputs=1)
+    upper = inverse_root(h)
+    laps.end("factorization")
+
+    quantized, codes, losses = torch.zeros_like(w), torch.zeros(w.shape, dtype=torch.uint8), torch.zeros_like(w)
+    scales, zeros = [], []
+    for start in range(0, w.shape[1], block_size):
+        end = min(start + block_size, w.shape[1])
+        block, u = w[:, start:end].clone(), upper[start:end, start:end]
+        block_quantized, block_errors, block_losses = (torch.zeros_like(block) for _ in range(3))
+        for j in range(end - start):
+            if (start + j) % group_size == 0:
+                group = torch.cat([block[:, j:], w[:, end:]], 1) if group_size > end - start - j else block[:, j:]
+                scale, zero = fit(group[:, :group_size], bits, symmetric, inputs=1)
+                scales.append(scale)
+                zeros.append(zero)
+            column, pivot = block[:, j], u[j, j]
+            code = torch.clamp(torch.round(column / scale) + zero, 0, 2**bits - 1)
+            value = scale * (code - zero)
+            codes[:, start + j], block_quantized[:, j] = code, value
+            block_losses[:, j] = (column - value) ** 2 / pivot**2
+            error = (column - value) / pivot
+            block[:, j:] -= error.unsqueeze(1).matmul(u[j, j:].unsqueeze(0))
+            block_errors[:, j] = error
+        quantized[:, start:end], losses[:, start:end] = block_quantized, block_losses
+        laps.end("column loop")
+        w[:, end:] -= block_errors.matmul(upper[start:end, end:])
+        laps.end("trailing products")
+    return Solution(codes.T, torch.stack(scales), torch.stack(zeros), losses.sum(), laps.seconds)
+
+
+def tuned(
     w: torch.Tensor,
     h: torch.Tensor,
     *,
@@ -42,30 +119,14 @@ def gptq(
     block_size: int = 128,
     threads: int = 2,
     loop_threads: int = 1,
-    cholesky_inverse: bool = False,
 ) -> Solution:
-    """w (in, out) and h (in, in) float32; group_size a multiple or divisor of block_size. Changes neither."""
+    """As `original`."""
     torch.set_flush_denormal(True)
-    seconds = dict.fromkeys(("factorization", "column loop", "trailing products"), 0.0)
-    clock = time.process_time()
-
-    def lap(part):
-        nonlocal clock
-        now = time.process_time()
-        seconds[part] += now - clock
-        clock = now
-
-    w, h = w.clone(), h.clone()
-    diagonal = h.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1
-    w[dead] = 0
-    diagonal += damp * diagonal.mean()
     torch.set_num_threads(threads)
-    lower = torch.linalg.cholesky(h)
-    inverse = torch.cholesky_inverse(lower) if cholesky_inverse else torch.cholesky_solve(torch.eye(len(h)), lower)
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    lap("factorization")
+    laps = Laps()
+    w, h = damped(w, h, damp, inputs=0)
+    upper = inverse_root(h)
+    laps.end("factorization")
 
     codes = torch.empty(w.shape, dtype=torch.uint8)
     scales, zeros, loss = [], [], torch.zeros(())
@@ -78,7 +139,7 @@ def gptq(
             if (start + j) % group_size == 0:
                 # What lies beyond this block is as the trailing products left it, as in the original.
                 group = torch.cat([block[j:], w[end:]])[:group_size] if group_size > end - start - j else block[j:]
-                scale, zero = fit(group[:group_size], bits, symmetric)
+                scale, zero = fit(group[:group_size], bits, symmetric, inputs=0)
                 scales.append(scale)
                 zeros.append(zero)
             code = torch.clamp(torch.round(block[j] / scale) + zero, 0, 2**bits - 1)
@@ -86,8 +147,9 @@ def gptq(
             loss += torch.dot(errors[j], errors[j])
             codes[start + j] = code
             block[j + 1 :].addr_(u[j, j + 1 :], errors[j], alpha=-1)
-        lap("column loop")
+        laps.end("column loop")
         torch.set_num_threads(threads)
         w[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
-        lap("trailing products")
-    return Solution(codes, torch.stack(scales), torch.stack(zeros), loss, seconds)
+        laps.end("trailing products")
+    torch.set_flush_denormal(False)
+    return Solution(codes, torch.stack(scales), torch.stack(zeros), loss, laps.seconds)
