@@ -93,27 +93,29 @@ def _update(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
     n, total = rows.shape[1], hessian.total
     if n > WIDE and panel_size(n) < n:
         return Hessian(_add_blocks(total, rows), hessian.tokens + rows.shape[0])
-    size = n // next(count for count in range(8, 0, -1) if n % count == 0 and (n >= SLAB * count or count == 1))
-    for start in range(0, n, size):
-        # Some rows of the lower triangle at a time: all at once would take a second matrix.
-        here, before, upto = slice(start, start + size), slice(0, start), slice(0, start + size)
-        # Products of two bf16 or fp16 numbers are exact in float32, so narrow inputs need no widening first.
-        gram = lax.dot_general(
-            rows[:, here],
-            rows[:, upto],
-            (((0,), (0,)), ((), ())),
-            precision=HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-        total = total.at[here, upto].add(gram).at[before, here].add(gram[:, before].T)
+    size = n // next(count for count in range(8, 0, -1) if n % count == 0 and (n >= SIDE * count or count == 1))
+    parts = [slice(start, start + size) for start in range(0, n, size)]
+    # Each block of the lower triangle is a product, from slices that are made once; the upper is its mirror image.
+    columns = [rows[:, part] for part in parts]
+    for i, here in enumerate(parts):
+        for j, there in enumerate(parts[: i + 1]):
+            gram = _gram(columns[i], columns[j])
+            total = total.at[here, there].add(gram)
+            total = total.at[there, here].add(gram.T) if j < i else total
     return Hessian(total, hessian.tokens + rows.shape[0])
 
 
-# Rows of a slab at least: in narrower ones a product loses on a CPU what the triangle saves.
-SLAB = 384
+# Sides of a block at least: in smaller ones a product loses on a CPU what the triangle saves.
+SIDE = 384
 
-# Inputs above which sums go block by block: of slabs in one program XLA has all waiting to be added, half a matrix.
+# Inputs above which blocks go one by one: of those in one program XLA has all waiting to be added, half a matrix.
 WIDE = 8192
+
+
+def _gram(a: Float[Array, "tokens a"], b: Float[Array, "tokens b"]) -> Float[Array, "a b"]:
+    # Products of two bf16 or fp16 numbers are exact in float32, so narrow inputs need no widening first.
+    dimensions = (((0,), (0,)), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
 def _add_blocks(total: Float[Array, "in in"], rows: Float[Array, "tokens in"]) -> Float[Array, "in in"]:
@@ -125,14 +127,7 @@ def _add_blocks(total: Float[Array, "in in"], rows: Float[Array, "tokens in"]) -
 
     def block_row(i, total):
         def block(j, total):
-            gram = lax.dot_general(
-                columns(i),
-                columns(j),
-                (((0,), (0,)), ((), ())),
-                precision=HIGHEST,
-                preferred_element_type=jnp.float32,
-            )
-            added = lax.dynamic_slice(total, (i * size, j * size), (size, size)) + gram
+            added = lax.dynamic_slice(total, (i * size, j * size), (size, size)) + _gram(columns(i), columns(j))
             total = lax.dynamic_update_slice(total, added.T, (j * size, i * size))
             return lax.dynamic_update_slice(total, added, (i * size, j * size))
 
