@@ -43,7 +43,7 @@ class Hessian:
         Reads only the lower blocks of H, which halves the products.
         """
         n = self.in_features
-        size = min(512, n)
+        size = _side(n)
 
         def slice_d(i):
             # A slice that would end outside is moved back: its first rows were in the one before.
@@ -143,6 +143,12 @@ def merge_hessians(a: Hessian, b: Hessian) -> Hessian:
     return Hessian(a.total + b.total, a.tokens + b.tokens)
 
 
+def _side(n: int) -> int:
+    """Rows of the blocks in which energies go through a triangle: a divisor of n, if there is one that does."""
+    size = divisor(n, 512)
+    return size if size >= 256 else min(512, n)
+
+
 class Factor(NamedTuple):
     """H + diag(added) = Lᵀ · diag(pivots) · L with L unit lower triangular.
 
@@ -166,7 +172,7 @@ class Factor(NamedTuple):
     def times(self, d: Float[Array, "in out"]) -> Float[Array, "in out"]:
         """L d. Reads only the lower blocks, which halves the products."""
         n = self.pivots.shape[0]
-        size = min(512, n)
+        size = _side(n)
 
         def rows(i, product):
             # A slice that would end outside is moved back: its first rows were in the one before.

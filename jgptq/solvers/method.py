@@ -149,7 +149,7 @@ def energy(shared: Any, arrays: tuple[Array, ...], difference: Callable = lambda
 
     start = jnp.zeros((in_features, size), jnp.float32), jnp.zeros((), jnp.float32)
     sums, squares = lax.fori_loop(0, count, add, start)
-    total = jnp.sum(over_outputs(shared.energy, sums))
+    total = jnp.sum(over_outputs(shared.energy, sums, 2 * TILE))
     if count == 1:
         return total
     of_sums = squares_of(sums)
