@@ -12,7 +12,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 # Programs that took less to compile are not worth a file.
-LEAST_SECONDS = 0.1
+LEAST_SECONDS = 0.02
 
 
 def default_directory() -> Path | None:
