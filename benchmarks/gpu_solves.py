@@ -64,27 +64,29 @@ def same_codes(shape: tuple[int, int], grid: jgptq.Grid) -> dict:
     return row
 
 
-def torch_solve_seconds(w: jax.Array, hessian: jgptq.Hessian, options: Any) -> float | None:
-    """The paper's own algorithm on the GPU under PyTorch; None where there is none."""
+def torch_solve_seconds(w: jax.Array, hessian: jgptq.Hessian, options: Any) -> dict[str, float]:
+    """Both forms of the paper's own algorithm on the GPU under PyTorch; none where there is no PyTorch for it."""
     try:
         import reference_gptq_torch
         import torch
     except ImportError:
-        return None
+        return {}
     if not torch.cuda.is_available():
-        return None
+        return {}
     operands = (torch.tensor(np.asarray(array)) for array in (w, hessian.mean()))
+    times = {}
     with torch.device("cuda"), torch.inference_mode():
         torch_w, torch_h = (array.cuda() for array in operands)
-        times = []
-        for _ in range(2):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            reference_gptq_torch.original(torch_w, torch_h, bits=4, group_size=options.group, symmetric=True)
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
+        columns = torch_w.T.contiguous()
+        for form, own in (("original", columns), ("tuned", torch_w)):
+            for _ in range(2):
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+                getattr(reference_gptq_torch, form)(own, torch_h, bits=4, group_size=options.group, symmetric=True)
+                torch.cuda.synchronize()
+                times[form] = time.perf_counter() - started
     torch.cuda.empty_cache()
-    return times[-1]
+    return times
 
 
 def solves(options: Any, hopper: bool, found: dict, save: Callable[[], None]) -> None:
@@ -101,7 +103,7 @@ def solves(options: Any, hopper: bool, found: dict, save: Callable[[], None]) ->
             row[f"{name}_seconds"] = seconds(solver(grid, kernel=kernel, quality=quality)(w, hessian), options.repeats)
             save()
         row["torch_seconds"] = torch_solve_seconds(w, hessian, options)
-        if row["torch_seconds"]:
-            row["speed_over_torch"] = row["torch_seconds"] / row["kernel_seconds" if hopper else "loop_seconds"]
+        own = row["kernel_seconds" if hopper else "loop_seconds"]
+        row["speed_over_torch"] = {form: theirs / own for form, theirs in row["torch_seconds"].items()}
         print(row, flush=True)
         save()

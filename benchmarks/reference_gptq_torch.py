@@ -3,9 +3,10 @@
 Written from algorithm 1 of Frantar et al. 2023. `original` has the layout and the operations of the authors'
 implementation: the weight is (out, in), so that what goes one by one is a column; the inverse comes from
 torch.cholesky_inverse; every column makes a column of quantized weights, of errors and of losses, and a rank-one update
-of its block. `tuned` is what a CPU likes better: the weight is (in, out), so that a column is a contiguous row; the
-update is one operation in place; denormals are flushed; and the column loop has a number of threads of its own, for
-each of its many small operations waits for all of them.
+of its block. Unlike theirs, both forms round scales to float16, and fit a group that begins within a block to weights
+as updated there, as jgptq does. `tuned` is what a CPU likes better: the weight is (in, out), so that a column is a
+contiguous row; the update is one operation in place; and the column loop has a number of threads of its own, for each
+of its many small operations waits for all of them.
 """
 
 import time
@@ -48,7 +49,7 @@ def fit(w: torch.Tensor, bits: int, symmetric: bool, inputs: int) -> tuple[torch
 
 def damped(w: torch.Tensor, h: torch.Tensor, damp: float, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Copies, with dead inputs at zero and damping on the Hessian's diagonal."""
-    w, h = w.clone(memory_format=torch.contiguous_format), h.clone()
+    w, h = w.clone(), h.clone()
     diagonal = h.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1
@@ -58,9 +59,8 @@ def damped(w: torch.Tensor, h: torch.Tensor, damp: float, inputs: int) -> tuple[
 
 
 def inverse_root(h: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse. Takes the Hessian's memory."""
-    h = torch.linalg.cholesky(h)
-    return torch.linalg.cholesky(torch.cholesky_inverse(h), upper=True)
+    """The upper Cholesky factor of the inverse."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
 
 
 def original(
@@ -74,10 +74,10 @@ def original(
     block_size: int = 128,
     threads: int = 2,
 ) -> Solution:
-    """w (in, out) and h (in, in) float32; group_size a multiple or divisor of block_size. Changes neither."""
+    """w (out, in) and h (in, in) float32; group_size a multiple or divisor of block_size. Changes neither."""
     torch.set_num_threads(threads)
     laps = Laps()
-    w, h = damped(w.T, h, damp, inputs=1)
+    w, h = damped(w, h, damp, inputs=1)
     upper = inverse_root(h)
     laps.end("factorization")
 
@@ -86,6 +86,7 @@ def original(
     for start in range(0, w.shape[1], block_size):
         end = min(start + block_size, w.shape[1])
         block, u = w[:, start:end].clone(), upper[start:end, start:end]
+        block_codes = torch.zeros(block.shape, dtype=torch.uint8)
         block_quantized, block_errors, block_losses = (torch.zeros_like(block) for _ in range(3))
         for j in range(end - start):
             if (start + j) % group_size == 0:
@@ -96,12 +97,13 @@ def original(
             column, pivot = block[:, j], u[j, j]
             code = torch.clamp(torch.round(column / scale) + zero, 0, 2**bits - 1)
             value = scale * (code - zero)
-            codes[:, start + j], block_quantized[:, j] = code, value
+            block_codes[:, j], block_quantized[:, j] = code, value
             block_losses[:, j] = (column - value) ** 2 / pivot**2
             error = (column - value) / pivot
             block[:, j:] -= error.unsqueeze(1).matmul(u[j, j:].unsqueeze(0))
             block_errors[:, j] = error
         quantized[:, start:end], losses[:, start:end] = block_quantized, block_losses
+        codes[:, start:end] = block_codes
         laps.end("column loop")
         w[:, end:] -= block_errors.matmul(upper[start:end, end:])
         laps.end("trailing products")
@@ -120,8 +122,7 @@ def tuned(
     threads: int = 2,
     loop_threads: int = 1,
 ) -> Solution:
-    """As `original`."""
-    torch.set_flush_denormal(True)
+    """As `original`, but for w (in, out)."""
     torch.set_num_threads(threads)
     laps = Laps()
     w, h = damped(w, h, damp, inputs=0)
@@ -151,5 +152,4 @@ def tuned(
         torch.set_num_threads(threads)
         w[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
         laps.end("trailing products")
-    torch.set_flush_denormal(False)
     return Solution(codes, torch.stack(scales), torch.stack(zeros), loss, laps.seconds)

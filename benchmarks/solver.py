@@ -34,7 +34,11 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 import reference  # noqa: E402
 import reference_gptq_torch  # noqa: E402
 
-FORMS = {"original": reference_gptq_torch.original, "tuned": reference_gptq_torch.tuned}
+# The peers, and what makes their weight of one that is (in, out).
+FORMS = {
+    "original": (reference_gptq_torch.original, lambda w: w.T.contiguous()),
+    "tuned": (reference_gptq_torch.tuned, lambda w: w),
+}
 
 
 def hessian_of(x: np.ndarray) -> jgptq.Hessian:
@@ -49,8 +53,8 @@ def check(bits: int, symmetric: bool) -> dict:
     grid = jgptq.Grid(bits=bits, group_size=32, symmetric=symmetric)
     weight, info = jgptq.gptq(jnp.asarray(w), hessian, grid)
     theirs = [
-        form(torch.from_numpy(w), torch.tensor(h), bits=bits, group_size=32, symmetric=symmetric)
-        for form in FORMS.values()
+        form(layout(torch.from_numpy(w)), torch.tensor(h), bits=bits, group_size=32, symmetric=symmetric)
+        for form, layout in FORMS.values()
     ]
     oracle = reference.gptq(w, h, bits=bits, group_size=32, symmetric=symmetric)
     zeros = np.full(weight.scales.shape, grid.midpoint) if weight.zeros is None else weight.zeros
@@ -113,9 +117,11 @@ def race(shape: tuple[int, int], args) -> dict:
     def ours():
         return jax.block_until_ready(solve(jax_w, hessian))
 
+    torch_weights = {form: layout(torch_w) for form, (_, layout) in FORMS.items()}
+
     def theirs(form):
         options = {"bits": args.bits, "group_size": args.group_size, "threads": args.threads}
-        return FORMS[form](torch_w, torch_h, **options)
+        return FORMS[form][0](torch_weights[form], torch_h, **options)
 
     losses = {"jgptq": float(ours()[1].loss)} | {form: float(theirs(form).loss) for form in FORMS}
     sides: dict[str, list[dict]] = {name: [] for name in (*FORMS, "jgptq")}
@@ -171,6 +177,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/solver-cpu.json")
     args = parser.parse_args()
 
+    load_average = os.getloadavg()[0]
     agreement = [check(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (False, True)]
     result = {
         "command": " ".join(["python", "benchmarks/solver.py", *sys.argv[1:]]),
@@ -185,18 +192,19 @@ def main() -> None:
         "bits": args.bits,
         "group_size": args.group_size,
         "dtype": "float32",
-        "load_average_at_start": os.getloadavg()[0],
+        "load_average_at_start": load_average,
         "agreement_with_float64_at_64x512": agreement,
         "shapes": [race(shape, args) for shape in args.shapes],
         "qualities_at_1024x1024": qualities(args),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print("CPU seconds, the least of each side:")
-    print(f"{'in x out':>13} {'original':>9} {'tuned':>9} {'jgptq':>9} {'/original':>9} {'/tuned':>9}")
-    for row in result["shapes"]:
-        shape, least = f"{row['in_features']} x {row['out_features']}", row["min_cpu_seconds"]
-        print(f"{shape:>13}", *(f"{value:9.2f}" for value in least.values()))
+    for key, title in (("min_cpu_seconds", "CPU"), ("min_wall_seconds", "Wall")):
+        print(f"{title} seconds, the least of each side:")
+        print(f"{'in x out':>13} {'original':>9} {'tuned':>9} {'jgptq':>9} {'/original':>9} {'/tuned':>9}")
+        for row in result["shapes"]:
+            shape = f"{row['in_features']} x {row['out_features']}"
+            print(f"{shape:>13}", *(f"{value:9.2f}" for value in row[key].values()))
     print(f"wrote {args.output}")
 
 

@@ -125,10 +125,11 @@ def _by_rows(matrix: Float[Array, "n n"]) -> Triangle:
         rows -= jnp.where(index < j, own[:n], 0.0)[:, None] * own[None]
         return rows, scaled(rows, jnp.maximum(j - 1, 0))
 
-    rows = jnp.concatenate([symmetric, jnp.eye(n, dtype=matrix.dtype)], axis=1)
+    one = jnp.eye(n, dtype=matrix.dtype)
+    rows = jnp.concatenate([symmetric, one], axis=1)
     rows, _ = lax.fori_loop(0, n, row, (rows, scaled(rows, n - 1)))
     pivots = jnp.diagonal(rows)
-    return Triangle(jnp.tril(rows[:, :n] / pivots[:, None]), pivots, rows[:, n:].T)
+    return Triangle(jnp.tril(rows[:, :n] / pivots[:, None], -1) + one, pivots, rows[:, n:].T)
 
 
 def inverses(lower: Float[Array, "blocks n n"]) -> Float[Array, "blocks n n"]:

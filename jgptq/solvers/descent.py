@@ -184,10 +184,8 @@ def _strip(w, feedback, block, rows, grid) -> Solution:
     return Solution(codes, rows.scales[:0], rows.zeros[:0], errors, loss)
 
 
-# Indexing would also ask, with a handful of operations a row, whether a row's number is negative or too large.
-
-
 def _row(array, j):
+    """array[j] for a j that is a row's number: indexing would ask, in a handful of operations, whether it is."""
     return lax.dynamic_index_in_dim(array, j, keepdims=False, allow_negative_indices=False)
 
 
