@@ -12,8 +12,7 @@ bits in groups of 128, asymmetric, output head left in float. What is timed is `
 `quantize`, in float32: from parameters in memory to packed weights in memory, everything compiled in that time.
 `compile_seconds` is what XLA's compiler took of that. jgptq's sides run a second time in a new process, `again`, which
 finds the programs of the first on disk, as a second run of `jgptq quantize` does; there these seconds are mostly of
-reading them. On a machine with other work the CPU
-seconds say more than the wall clock.
+reading them. On a machine with other work the CPU seconds say more than the wall clock.
 """
 
 import argparse

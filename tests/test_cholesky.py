@@ -18,7 +18,7 @@ def backwards(matrix: np.ndarray) -> np.ndarray:
     return np.linalg.cholesky(matrix[::-1, ::-1].astype(np.float64))[::-1, ::-1].T
 
 
-# By the library, in blocks of rows, in blocks of blocks, and by the library.
+# Too small, in blocks of rows, in blocks of blocks, and of no number of rows that divides into such.
 @pytest.mark.parametrize(("n", "by_blocks"), [(7, False), (96, True), (344, True), (1056, True), (501, False)])
 def test_factors_and_inverses_are_those_of_numpy(n, by_blocks):
     assert bool(_sizes(n)) == by_blocks
