@@ -110,8 +110,10 @@ def _completed(lower: Float[Array, "n n"], diagonal: Float[Array, "n n"], size: 
 
 
 def _by_rows(matrix: Float[Array, "n n"]) -> Triangle:
-    """Elimination of [A | I] from the last row up leaves [D L | L⁻ᵀ]. What a row takes off those above is the product of
-    two rows alike: itself over its pivot's root."""
+    """Elimination of [A | I] from the last row up leaves [D L | L⁻ᵀ].
+
+    What a row takes off those above is a product of itself, over its pivot's root, with itself.
+    """
     n, index = matrix.shape[0], jnp.arange(matrix.shape[0])
     symmetric = jnp.tril(matrix) + jnp.tril(matrix, -1).T
 
