@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgptq.hessian import Hessian
+from jgptq.hessian import Hessian, mirrored
 from jgptq.panels import add_product
 from jgptq.partition import common_mesh, onto, placed, replicated
 from jgptq.phases import UNMEASURED, Phases
@@ -256,7 +256,7 @@ class Executor:
             if snapshot is not None:
                 stream.restore(snapshot)
         self._means = [total / jnp.maximum(hessian.tokens, 1) for total in inputs]
-        return replicated((hessian, drift))
+        return replicated((_mirrored(hessian), drift))
 
     def _add_inputs(self, totals: list[jax.Array], stream: Stream, read: Read) -> list[jax.Array]:
         """Adds one product's inputs, summed over tokens, in both models."""
@@ -367,6 +367,11 @@ def all_finite(leaf: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="product", donate_argnames="hessian")
 def _accumulate(hessian: Hessian, product: Product, weights: jax.Array | None, *operands: jax.Array) -> Hessian:
     return product.add(hessian, *operands, **_given(weights))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _mirrored(hessian: Hessian) -> Hessian:
+    return (mirrored if hessian.total.ndim == 2 else jax.vmap(mirrored))(hessian)
 
 
 @functools.partial(jax.jit, static_argnames="product", donate_argnames="total")

@@ -224,12 +224,26 @@ class TestMessages:
             jgptq.merge_hessians(jgptq.init_hessian(12), jgptq.init_hessian(5))
 
 
-def test_wide_hessians_summed_by_blocks_are_the_same(monkeypatch):
+@pytest.mark.parametrize("wide", [8, 8192])
+def test_lower_triangles_of_batches_mirrored_once_are_the_sum(monkeypatch, wide):
     x = np.random.default_rng(3).standard_normal((50, 12)).astype(np.float32)
     monkeypatch.setattr(hessians, "panel_size", lambda n: 4)
-    total = jnp.zeros((12, 12))
+    monkeypatch.setattr(hessians, "WIDE", wide)
+    monkeypatch.setattr(hessians, "SIDE", 3)
+    hessian = jgptq.init_hessian(12)
     for rows in (x[:20], x[20:]):
-        total = jax.jit(lambda total, rows: hessians._add_blocks(total, rows))(total, rows)
+        hessian = jax.jit(lambda hessian, rows: hessians.add_below(hessian, rows))(hessian, rows)
     exact = x.astype(np.float64).T @ x
-    np.testing.assert_allclose(total, exact, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(total, total.T)
+    np.testing.assert_allclose(np.tril(hessian.total), np.tril(exact), rtol=1e-5, atol=1e-5)
+    whole = hessians.mirrored(hessian)
+    np.testing.assert_array_equal(np.tril(whole.total), np.tril(hessian.total))
+    np.testing.assert_array_equal(whole.total, whole.total.T)
+    assert whole.tokens == 50
+
+
+# With divisors that a block can have, without, and below one block.
+@pytest.mark.parametrize("n", [1, 7, 100, 131, 300, 512])
+def test_what_is_above_the_diagonal_does_not_matter_to_mirroring(n):
+    total = np.random.default_rng(4).standard_normal((n, n)).astype(np.float32)
+    mirrored = jax.jit(hessians.mirrored)(hessians.Hessian(jnp.asarray(total), jnp.int32(0))).total
+    np.testing.assert_array_equal(mirrored, np.tril(total) + np.tril(total, -1).T)

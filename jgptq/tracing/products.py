@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jgptq.hessian import HIGHEST, Hessian, init_hessian, update_hessian
+from jgptq.hessian import HIGHEST, Hessian, add_below, init_hessian
 from jgptq.panels import add_product
 from jgptq.tensor import Layout
 from jgptq.tracing import views
@@ -105,7 +105,7 @@ class Ragged:
         x = self._rows(x)
 
         def gram(total, rows):
-            return update_hessian(Hessian(total, jnp.int32(0)), rows[0]).total
+            return add_below(Hessian(total, jnp.int32(0)), rows[0]).total
 
         return Hessian(self._fold(gram, hessian.total, group_sizes, x), hessian.tokens + group_sizes.astype(jnp.int32))
 
@@ -234,12 +234,15 @@ def _ragged(equation, side: int, view: views.View) -> tuple[Layout, Ragged] | st
 
 
 def _add(hessian: Hessian, rows: jax.Array) -> Hessian:
-    """Adds rows (tokens, in), or a batch of them, in which rows of zeros (places that no token took) do not count."""
+    """Adds rows (tokens, in), or a batch of them, in which rows of zeros (places that no token took) do not count.
+
+    Of sums only the lower triangles, as `add_below` does.
+    """
     if not rows.shape[-2]:
         return hessian
     if rows.ndim == 2:
-        return update_hessian(hessian, rows)
-    total = jax.vmap(update_hessian)(hessian, rows).total
+        return add_below(hessian, rows)
+    total = jax.vmap(add_below)(hessian, rows).total
     live = jnp.sum(jnp.any(rows != 0, axis=-1), axis=-1, dtype=jnp.int32)
     return Hessian(total, hessian.tokens + live)
 
