@@ -8,6 +8,7 @@ The sum over earlier blocks is a matrix product, and only the last few inputs go
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jgptq import grid as grids
 from jgptq.accelerators import HOPPERS, runs_on
 from jgptq.cholesky import inverses
+from jgptq.grid import Grid, Levels
 from jgptq.hessian import HIGHEST
 from jgptq.solvers import fits
 
@@ -34,19 +36,36 @@ KERNEL_DEVICES, KERNEL_INPUTS = HOPPERS, 128
 
 
 class Rows(NamedTuple):
-    """The grids of a block of inputs, and which of them each input uses."""
+    """The grids of a block of inputs, and which of them each input uses; None where there is but one."""
 
     scales: Float[Array, "groups out"]
     zeros: Float[Array, "groups out"]
-    index: Int[Array, " in"]
+    index: Int[Array, " in"] | None = None
+
+    def of(self, j) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
+        """Scale and zero of input j."""
+        if self.index is None:
+            return self.scales[0], self.zeros[0]
+        group = _row(self.index, j)
+        return _row(self.scales, group), _row(self.zeros, group)
 
 
 class Solution(NamedTuple):
+    """Of a block of inputs; zeros for those that are not solved yet."""
+
     codes: Array  # (n, out) uint8
     scales: Array  # (groups, out): of the groups fitted in this block; none where the grids were given
     zeros: Array  # (groups, out)
     errors: Array  # (n, out): w - q
     loss: Array  # (out,)
+
+    def with_inputs(self, start, codes, errors, loss) -> "Solution":
+        """With the inputs from `start` on as well."""
+        return self._replace(
+            codes=_with_rows(self.codes, start, codes),
+            errors=_with_rows(self.errors, start, errors),
+            loss=self.loss + loss,
+        )
 
 
 class Block(NamedTuple):
@@ -62,10 +81,11 @@ class Block(NamedTuple):
 
     def part(self, row, rows, column, columns) -> Float[Array, "rows columns"]:
         """`rows` rows of L from `row` on, `columns` columns from `column` on."""
-        return lax.dynamic_slice(self.lower, (self.start + row, self.start + column), (rows, columns))
+        corner = self.start + row, self.start + column
+        return lax.dynamic_slice(self.lower, corner, (rows, columns), allow_negative_indices=False)
 
     def own_pivots(self, n: int) -> Float[Array, " n"]:
-        return lax.dynamic_slice_in_dim(self.pivots, self.start, n)
+        return _rows(self.pivots, self.start, n)
 
 
 def descend(w, feedback, block: Block, rows, grid, fit, group, sizes) -> Solution:
@@ -73,24 +93,101 @@ def descend(w, feedback, block: Block, rows, grid, fit, group, sizes) -> Solutio
 
     w, feedback (n, out); rows: the grids, once known; fit: what finds them; sizes: the nested block sizes below n.
     """
-    n = w.shape[0]
-    if rows is None and n == group:
+    n, out = w.shape
+    grids_shape = (n // group if rows is None else 0, out)
+    nothing = Solution(
+        jnp.zeros(w.shape, jnp.uint8),
+        jnp.zeros(grids_shape, w.dtype),
+        jnp.zeros(grids_shape, w.dtype),
+        jnp.zeros_like(w),
+        jnp.zeros(out, w.dtype),
+    )
+    return _Descent(w, block, grid, fit, group).solved(nothing, 0, n, feedback, rows, sizes)
+
+
+class _Descent(NamedTuple):
+    """What stays the same through all nested blocks. One Solution goes through all of them and is filled in place."""
+
+    w: Float[Array, "in out"]
+    block: Block
+    grid: Grid | Levels
+    fit: Callable | None
+    group: int
+
+    def solved(self, solution: Solution, start, n: int, feedback, rows: Rows | None, sizes) -> Solution:
+        """With the n inputs from `start` on. feedback: of all inputs before them, (n, out)."""
+        if rows is None and n == self.group:
+            scale, zero = self._fitted(start, feedback, sizes)
+            number = start // n
+            solution = solution._replace(
+                scales=_with_row(solution.scales, number, scale), zeros=_with_row(solution.zeros, number, zero)
+            )
+            rows = Rows(scale[None], zero[None])
+
+        def by_loop(solution, start, feedback, rows, descent):
+            by = descent._by_blocks if sizes else descent._by_inputs
+            return by(solution, start, n, feedback, rows, sizes)
+
+        if not _has_kernel(n, rows):
+            return by_loop(solution, start, feedback, rows, self)
+        by_kernel = functools.partial(_by_kernel, n=n)
+        # `fit` is no array, and has done its work.
+        operands = solution, start, feedback, rows, self._replace(fit=None, group=None)
+        return lax.platform_dependent(*operands, cuda=by_kernel, default=by_loop)
+
+    def _fitted(self, start, feedback, sizes) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
+        """Scale and zero of the group that starts there."""
+        block, w = self.block.at(start), _rows(self.w, start, self.group)
 
         def losses(scales, zeros):
-            return with_grids(w, feedback, block, scales, zeros, grid, sizes).loss
+            return with_grids(w, feedback, block, scales, zeros, self.grid, sizes).loss
 
         def compensated():
             return w if feedback is None else _compensated(w, feedback, block)
 
-        scale, zero = fit(fits.Group(compensated, block.own_pivots(n), losses), grid)
-        rows = Rows(scale[None], zero[None], jnp.zeros(n, jnp.int32))
-        solution = descend(w, feedback, block, rows, grid, fit, group, sizes)
-        return solution._replace(scales=rows.scales, zeros=rows.zeros)
-    by_loop = functools.partial(_in_blocks, grid=grid, fit=fit, group=group, sizes=sizes)
-    if _has_kernel(n, rows):
-        by_kernel = functools.partial(_by_kernel, max_code=grid.max_code)
-        return lax.platform_dependent(w, feedback, block, rows, cuda=by_kernel, default=by_loop)
-    return by_loop(w, feedback, block, rows)
+        return self.fit(fits.Group(compensated, block.own_pivots(self.group), losses), self.grid)
+
+    def _by_blocks(self, solution, start, n, feedback, rows, sizes) -> Solution:
+        size = sizes[0]
+
+        def solve(i, solution):
+            sums = self._earlier(solution.errors, start, n, i, size)
+            if feedback is not None:
+                sums += _rows(feedback, i * size, size)
+            return self.solved(solution, start + i * size, size, sums, rows, sizes[1:])
+
+        return lax.fori_loop(0, n // size, solve, solution)
+
+    def _earlier(self, errors, start, n, i, size):
+        """Σ_k L_jk errors_k of the `size` inputs j of block i, over the blocks before it; later errors are zero."""
+        block = self.block.at(start)
+        if n <= SHORT.get(jax.default_backend(), CHUNK):
+            return jnp.dot(block.part(i * size, size, 0, n), _rows(errors, start, n), precision=HIGHEST)
+
+        def product(k, sums):
+            own = _rows(errors, start + k * size, size)
+            return sums + jnp.dot(block.part(i * size, size, k * size, size), own, precision=HIGHEST)
+
+        return lax.fori_loop(0, i, product, jnp.zeros((size, errors.shape[1]), errors.dtype))
+
+    def _by_inputs(self, solution, start, n, feedback, rows, sizes) -> Solution:
+        """The recursion itself, one input at a time."""
+        block, w = self.block.at(start), _rows(self.w, start, n)
+        targets = w if feedback is None else w + feedback
+        lower, pivots = block.part(0, n, 0, n), block.own_pivots(n)
+
+        def column(j, state):
+            errors, codes, loss = state
+            t = _row(targets, j) + jnp.dot(_row(lower, j), errors, precision=HIGHEST)
+            scale, zero = rows.of(start + j)
+            code = grids.encode(t, scale, zero, self.grid.max_code)
+            q = grids.decode(code, scale, zero)
+            errors, codes = _with_row(errors, j, _row(w, j) - q), _with_row(codes, j, code.astype(jnp.uint8))
+            return errors, codes, loss + _row(pivots, j) * (t - q) ** 2
+
+        state = (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8), jnp.zeros(w.shape[1], w.dtype))
+        errors, codes, loss = lax.fori_loop(0, n, column, state)
+        return solution.with_inputs(start, codes, errors, loss)
 
 
 def _has_kernel(n: int, rows: Rows | None) -> bool:
@@ -98,39 +195,16 @@ def _has_kernel(n: int, rows: Rows | None) -> bool:
     return one_grid and STRIP <= n <= KERNEL_INPUTS and n % 8 == 0 and runs_on("cuda", KERNEL_DEVICES)
 
 
-def _by_kernel(w, feedback, block, rows, max_code) -> Solution:
+def _by_kernel(solution, start, feedback, rows, descent, n) -> Solution:
     from jgptq.solvers import hopper
 
-    n = w.shape[0]
+    block, w = descent.block.at(start), _rows(descent.w, start, n)
     targets = w if feedback is None else w + feedback
     # The kernel has no rule for a batch.
     solve = jax.custom_batching.sequential_vmap(hopper.solve)
-    lower, most = block.part(0, n, 0, n), jnp.asarray(max_code, jnp.float32)
+    lower, most = block.part(0, n, 0, n), jnp.asarray(descent.grid.max_code, jnp.float32)
     codes, errors, loss = solve(w, targets, lower, block.own_pivots(n), rows.scales[0], rows.zeros[0], most)
-    return Solution(codes.astype(jnp.uint8), rows.scales[:0], rows.zeros[:0], errors, loss)
-
-
-def _in_blocks(w, feedback, block, rows, grid, fit, group, sizes) -> Solution:
-    """By smaller blocks, and at last one input at a time."""
-    n = w.shape[0]
-    if not sizes:
-        return _strip(w, feedback, block, rows, grid)
-
-    size = sizes[0]
-
-    def solve(errors, start):
-        sums = _earlier(block, errors, start, size)
-        if feedback is not None:
-            sums += lax.dynamic_slice_in_dim(feedback, start, size)
-        part = rows and rows._replace(index=lax.dynamic_slice_in_dim(rows.index, start, size))
-        own = lax.dynamic_slice_in_dim(w, start, size)
-        solution = descend(own, sums, block.at(start), part, grid, fit, group, sizes[1:])
-        errors = lax.dynamic_update_slice_in_dim(errors, solution.errors, start, axis=0)
-        return errors, solution._replace(errors=None)
-
-    errors, parts = lax.scan(solve, jnp.zeros_like(w), jnp.arange(0, n, size))
-    codes, scales, zeros = (part.reshape(-1, w.shape[1]) for part in (parts.codes, parts.scales, parts.zeros))
-    return Solution(codes, scales, zeros, errors, jnp.sum(parts.loss, axis=0))
+    return solution.with_inputs(start, codes.astype(jnp.uint8), errors, loss)
 
 
 def with_grids(w, feedback, block: Block, scales, zeros, grid, sizes) -> Solution:
@@ -138,22 +212,9 @@ def with_grids(w, feedback, block: Block, scales, zeros, grid, sizes) -> Solutio
     (n, candidates · out), loss (candidates, out)."""
     count, n = scales.shape[0], w.shape[0]
     wide, feedback = (value if value is None else jnp.tile(value, (1, count)) for value in (w, feedback))
-    rows = Rows(scales.reshape(1, -1), zeros.reshape(1, -1), jnp.zeros(n, jnp.int32))
+    rows = Rows(scales.reshape(1, -1), zeros.reshape(1, -1))
     solution = descend(wide, feedback, block, rows, grid, None, n, sizes)
     return solution._replace(loss=solution.loss.reshape(scales.shape))
-
-
-def _earlier(block, errors, start, size):
-    """Σ_{k < start} L_jk errors_k for `size` inputs from `start` on; later errors are still zero."""
-    n, out = errors.shape
-    if n <= SHORT.get(jax.default_backend(), CHUNK):
-        return jnp.dot(block.part(start, size, 0, n), errors, precision=HIGHEST)
-
-    def product(i, sums):
-        columns = block.part(start, size, i * size, size)
-        return sums + jnp.dot(columns, lax.dynamic_slice_in_dim(errors, i * size, size), precision=HIGHEST)
-
-    return lax.fori_loop(0, start // size, product, jnp.zeros((size, out), errors.dtype))
 
 
 def _compensated(w, feedback, block):
@@ -163,27 +224,6 @@ def _compensated(w, feedback, block):
     return w + jnp.dot(inverse, feedback, precision=HIGHEST)
 
 
-def _strip(w, feedback, block, rows, grid) -> Solution:
-    """The recursion itself, one input at a time."""
-    n = w.shape[0]
-    targets = w if feedback is None else w + feedback
-    lower, pivots = block.part(0, n, 0, n), block.own_pivots(n)
-
-    def column(j, state):
-        errors, codes, loss = state
-        t = _row(targets, j) + jnp.dot(_row(lower, j), errors, precision=HIGHEST)
-        index = _row(rows.index, j)
-        scale, zero = _row(rows.scales, index), _row(rows.zeros, index)
-        code = grids.encode(t, scale, zero, grid.max_code)
-        q = grids.decode(code, scale, zero)
-        errors, codes = _with_row(errors, j, _row(w, j) - q), _with_row(codes, j, code.astype(jnp.uint8))
-        return errors, codes, loss + _row(pivots, j) * (t - q) ** 2
-
-    start = (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8), jnp.zeros(w.shape[1], w.dtype))
-    errors, codes, loss = lax.fori_loop(0, n, column, start)
-    return Solution(codes, rows.scales[:0], rows.zeros[:0], errors, loss)
-
-
 def _row(array, j):
     """array[j] for a j that is a row's number: indexing would ask, in a handful of operations, whether it is."""
     return lax.dynamic_index_in_dim(array, j, keepdims=False, allow_negative_indices=False)
@@ -191,6 +231,14 @@ def _row(array, j):
 
 def _with_row(array, j, row):
     return lax.dynamic_update_index_in_dim(array, row, j, axis=0, allow_negative_indices=False)
+
+
+def _rows(array, start, count):
+    return lax.dynamic_slice_in_dim(array, start, count, allow_negative_indices=False)
+
+
+def _with_rows(array, start, rows):
+    return lax.dynamic_update_slice_in_dim(array, rows, start, axis=0, allow_negative_indices=False)
 
 
 def group_inverses(lower: Float[Array, "in in"], group: int) -> Float[Array, "groups group group"]:

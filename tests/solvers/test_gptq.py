@@ -230,15 +230,16 @@ def test_a_hessian_that_saw_nothing_gives_round_to_nearest_and_says_so(small):
 
 
 def test_a_singular_hessian_is_damped_more_than_asked_and_says_so(small):
-    w, x, _ = small
+    _, x, _ = small
+    w, _ = reference.problem(64, 512)
     hessian = hessian_of(x[:5])
-    weight, info = jgptq.gptq(w, hessian, GRID, damp=0.0)
+    weight, info = jgptq.gptq(jnp.asarray(w), hessian, GRID, damp=0.0)
     assert 0 < float(info.damp) < 0.01
     assert not bool(info.failed)
     oracle = reference.gptq(
         w, np.asarray(hessian.mean()), bits=3, group_size=32, symmetric=False, damp=float(info.damp)
     )
-    # The condition number is 1e5: no tie-for-tie agreement in float32, but the same quality.
+    # The condition number is 1e5: no tie-for-tie agreement in float32, but over many outputs the same quality.
     assert float(info.loss) == pytest.approx(oracle.loss, rel=0.05)
     assert np.isfinite(weight.dequantize()).all()
 
