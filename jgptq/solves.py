@@ -208,12 +208,8 @@ def _share(tokens: jax.Array, sums: Any) -> tuple[jax.Array, Any]:
 
 def _rtn_error(w: jax.Array, target: jax.Array, shared: Any, info: Info, grid: Grid) -> jax.Array:
     """The relative output error of rounding to nearest."""
-    return _rounding_error(w, target, shared, info.output, levels(grid))
+    return relative(energy(shared, (w, target), _rounding_errors, levels(grid)), info.output)
 
 
-@jax.jit
-def _rounding_error(w: jax.Array, target: jax.Array, shared: Any, output: jax.Array, grid: Levels) -> jax.Array:
-    def difference(w, target):
-        return target.astype(jnp.float32) - nearest(w.astype(jnp.float32), grid)[-1]
-
-    return relative(energy(shared, (w, target), difference), output)
+def _rounding_errors(w: jax.Array, target: jax.Array, grid: Levels) -> jax.Array:
+    return target.astype(jnp.float32) - nearest(w.astype(jnp.float32), grid)[-1]

@@ -202,10 +202,12 @@ def _check_options(act_order: Any, damp: Any, block_size: Any, scale_search: Any
 
 
 def _packed(weights, factors, grid, *options):
-    def solve(prepared):
-        return _solve(tuple(weights), prepared, grids.levels(grid), *options)
-
     first, *others = factors.orders
+    outputs = tuple(energy(first, (w,)) for w in weights)
+
+    def solve(prepared):
+        return _solve(tuple(weights), outputs, prepared, grids.levels(grid), *options)
+
     solved = solve(first)
     for prepared in others:
         solved = [_better(*pair, grid.scale_dtype) for pair in zip(solved, solve(prepared), strict=True)]
@@ -266,8 +268,8 @@ def _prepare(hessian, group_length, damp, act_order, block_size, order_weights):
 
 
 @functools.partial(jax.jit, static_argnames=("act_order", "block_size", "scale_search", "sweeps"))
-def _solve(weights, prepared, grid, act_order, block_size, scale_search, sweeps):
-    """What is `Solved` of each weight."""
+def _solve(weights, outputs, prepared, grid, act_order, block_size, scale_search, sweeps):
+    """What is `Solved` of each weight. outputs: their energies."""
     inputs, slot_groups, factored, inverses, *_ = prepared
     block = Block(factored.lower, factored.pivots, inverses)
     weights = [w.astype(jnp.float32) for w in weights]
@@ -278,7 +280,7 @@ def _solve(weights, prepared, grid, act_order, block_size, scale_search, sweeps)
 
     factors = group_factors(factored, plan.group) if sweeps else None
 
-    def outputs(tile):
+    def of_tile(tile):
         rows = None
         if act_order == "static":
             rows = Rows(*grids.fit_groups(tile, grid, grids.search if scale_search else grids.fit), slot_groups)
@@ -292,7 +294,7 @@ def _solve(weights, prepared, grid, act_order, block_size, scale_search, sweeps)
         grids_used = rows or solution
         return solution.codes, grids_used.scales, grids_used.zeros, solution.loss[None], added[None]
 
-    parts = over_outputs(outputs, together, tile_of(scale_search, sweeps))
+    parts = over_outputs(of_tile, together, tile_of(scale_search, sweeps))
     codes, scales, zeros, loss, added = (jnp.moveaxis(part, 0, 1).reshape(-1, out_features) for part in parts)
 
     codes = jnp.zeros((in_features, out_features), jnp.uint8).at[inputs].set(codes, mode="drop")
@@ -307,8 +309,8 @@ def _solve(weights, prepared, grid, act_order, block_size, scale_search, sweeps)
     groups = -(-in_features // group_length)
     scales, zeros = scales[:groups], zeros[:groups]
 
-    def own(w, codes, scales, zeros, loss, added):
-        loss, added, output = jnp.sum(loss, axis=0), jnp.sum(added, axis=0), energy(prepared, (w,))
+    def own(w, output, codes, scales, zeros, loss, added):
+        loss, added = jnp.sum(loss, axis=0), jnp.sum(added, axis=0)
         info = Info(
             loss=jnp.sum(loss),
             relative_error=relative(jnp.sum(loss) - jnp.sum(added), output),
@@ -324,7 +326,7 @@ def _solve(weights, prepared, grid, act_order, block_size, scale_search, sweeps)
 
     ends = np.cumsum([w.shape[1] for w in weights])[:-1]
     split = (jnp.split(values, ends, axis=1) for values in (codes, scales, zeros, loss, added))
-    return [own(*each) for each in zip(weights, *split, strict=True)]
+    return [own(*each) for each in zip(weights, outputs, *split, strict=True)]
 
 
 def _in_slots(d: Float[Array, "in out"], inputs: Int[Array, " slots"]) -> Float[Array, "slots out"]:

@@ -127,34 +127,52 @@ def over_outputs(f: Callable, w: Float[Array, "in out"], tile: int = TILE) -> An
 EXACT, SUMS = 1024, 256
 
 
-def energy(shared: Any, arrays: tuple[Array, ...], difference: Callable = lambda w: w) -> Float[Array, ""]:
-    """tr(dᵀ H d) for d = difference(*arrays), all (in, out), which takes outputs for themselves; exact up to 1024.
+def _itself(w: Array) -> Array:
+    return w
+
+
+def energy(
+    shared: Any, arrays: tuple[Array, ...], difference: Callable[..., Array] = _itself, *others: Any
+) -> Float[Array, ""]:
+    """tr(dᵀ H d) for d = difference(*arrays, *others), which takes outputs of the (in, out) arrays for themselves;
+    exact up to 1024.
 
     Of more it takes 256 sums of every 256th output, with random signs, which cancel products of two outputs on the
     average; times Σ H_kk d_k² of d over that of the sums. A standard deviation of 9 % is the most there could be,
     √(2/256), were all outputs alike; weights of three small trained models have 2 % (the worst 5 %), their rounding
     errors 1 %. The product with H costs as much as a whole solve, and this 256 / out of it.
+
+    The product compiles by itself, once for all differences. difference: a function of a module, or it compiles anew.
     """
+    return _product_energy(shared, *_signed_sums(shared.diagonal, arrays, others, difference))
+
+
+@functools.partial(jax.jit, static_argnames="difference")
+def _signed_sums(diagonal, arrays, others, difference) -> tuple[Float[Array, "in sums"], Float[Array, ""] | None]:
+    """d itself, or the sums of its outputs with Σ H_kk d_k² of all of them."""
     in_features, out_features = arrays[0].shape
-    size = out_features if out_features <= EXACT else SUMS
-    count = -(-out_features // size)
-    signs = jnp.asarray(np.random.default_rng(0).choice(np.float32([-1, 1]), (count, size)))
-    squares_of = functools.partial(_weighted_squares, shared.diagonal)
+    if out_features <= EXACT:
+        return difference(*arrays, *others).astype(jnp.float32), None
+    count = -(-out_features // SUMS)
+    signs = jnp.asarray(np.random.default_rng(0).choice(np.float32([-1, 1]), (count, SUMS)))
 
     def add(i, state):
         # A slice that would end outside is moved back: its first outputs were in the one before.
-        first = jnp.minimum(i * size, out_features - size)
-        d = difference(*(lax.dynamic_slice_in_dim(array, first, size, axis=1) for array in arrays))
-        d = jnp.where((first + jnp.arange(size) >= i * size)[None], d.astype(jnp.float32), 0.0)
+        first = jnp.minimum(i * SUMS, out_features - SUMS)
+        d = difference(*(lax.dynamic_slice_in_dim(array, first, SUMS, axis=1) for array in arrays), *others)
+        d = jnp.where((first + jnp.arange(SUMS) >= i * SUMS)[None], d.astype(jnp.float32), 0.0)
         sums, squares = state
-        return sums + signs[i][None] * d, squares + squares_of(d)
+        return sums + signs[i][None] * d, squares + _weighted_squares(diagonal, d)
 
-    start = jnp.zeros((in_features, size), jnp.float32), jnp.zeros((), jnp.float32)
-    sums, squares = lax.fori_loop(0, count, add, start)
+    return lax.fori_loop(0, count, add, (jnp.zeros((in_features, SUMS), jnp.float32), jnp.zeros((), jnp.float32)))
+
+
+@jax.jit
+def _product_energy(shared, sums, squares):
     total = jnp.sum(over_outputs(shared.energy, sums, ENERGY_TILE))
-    if count == 1:
+    if squares is None:
         return total
-    of_sums = squares_of(sums)
+    of_sums = _weighted_squares(shared.diagonal, sums)
     return total * squares / jnp.where(of_sums == 0, 1.0, of_sums)
 
 
@@ -191,6 +209,7 @@ def make_info(
     )
 
 
+@jax.jit
 def relative(error: Float[Array, ""], output: Float[Array, ""]) -> Float[Array, ""]:
     """Error over output energy. A weight of zeros, or inputs of zeros: no output to be wrong about. NaN stays NaN."""
     return jnp.where(output == 0, 0.0, jnp.maximum(error, 0.0) / jnp.where(output == 0, 1.0, output))
