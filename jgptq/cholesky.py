@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jgptq import slices
+
 HIGHEST = lax.Precision.HIGHEST
 # Rows of a block of products, at most, and of one that is solved row by row.
 BLOCK, LEAF = 768, 64
@@ -60,33 +62,30 @@ def _by_blocks(matrix: Float[Array, "n n"], sizes: tuple[int, ...], inverse: boo
         return _by_rows(matrix)
     size, count = sizes[0], matrix.shape[0] // sizes[0]
 
-    def block(matrix, i, j):
-        return lax.dynamic_slice(matrix, (i * size, j * size), (size, size))
-
     def left(matrix, pivots, i, j):
         """What is left of a block when the rows after it are done."""
 
         def product(k, left):
-            scaled = lax.dynamic_slice_in_dim(pivots, k * size, size)[:, None] * block(matrix, k, i)
-            return left - jnp.dot(scaled.T, block(matrix, k, j), precision=HIGHEST)
+            scaled = slices.rows(pivots, k * size, size)[:, None] * slices.block(matrix, k, i, size)
+            return left - jnp.dot(scaled.T, slices.block(matrix, k, j, size), precision=HIGHEST)
 
-        return lax.fori_loop(i + 1, count, product, block(matrix, i, j))
+        return lax.fori_loop(i + 1, count, product, slices.block(matrix, i, j, size))
 
     def row(step, state):
         matrix, pivots, diagonal = state
         i = count - 1 - step
         corner = _by_blocks(jnp.tril(left(matrix, pivots, i, i)), sizes[1:], True)
-        matrix = lax.dynamic_update_slice(matrix, corner.lower, (i * size, i * size))
+        matrix = slices.with_block(matrix, i, i, corner.lower)
         half = corner.inverse.T / corner.pivots[:, None]
 
         def before(j, matrix):
             solved = jnp.dot(half, left(matrix, pivots, i, j), precision=HIGHEST)
-            return lax.dynamic_update_slice(matrix, solved, (i * size, j * size))
+            return slices.with_block(matrix, i, j, solved)
 
         matrix = lax.fori_loop(0, i, before, matrix)
-        pivots = lax.dynamic_update_slice(pivots, corner.pivots, (i * size,))
+        pivots = slices.with_rows(pivots, i * size, corner.pivots)
         if inverse:
-            diagonal = lax.dynamic_update_slice(diagonal, corner.inverse, (i * size, i * size))
+            diagonal = slices.with_block(diagonal, i, i, corner.inverse)
         return matrix, pivots, diagonal
 
     start = matrix, jnp.zeros(matrix.shape[0], matrix.dtype), jnp.zeros_like(matrix) if inverse else None
@@ -99,12 +98,10 @@ def _completed(lower: Float[Array, "n n"], diagonal: Float[Array, "n n"], size: 
     row i is D_i, the sum over all k has one D_ii L_ii D_i = D_i too many."""
 
     def row(i, inverse):
-        own = lax.dynamic_slice_in_dim(inverse, i * size, size)
-        sums = jnp.dot(lax.dynamic_slice_in_dim(lower, i * size, size), inverse, precision=HIGHEST)
-        corner = lax.dynamic_slice(inverse, (i * size, i * size), (size, size))
-        return lax.dynamic_update_slice_in_dim(
-            inverse, 2 * own - jnp.dot(corner, sums, precision=HIGHEST), i * size, axis=0
-        )
+        sums = jnp.dot(slices.rows(lower, i * size, size), inverse, precision=HIGHEST)
+        corner = slices.block(inverse, i, i, size)
+        own = 2 * slices.rows(inverse, i * size, size) - jnp.dot(corner, sums, precision=HIGHEST)
+        return slices.with_rows(inverse, i * size, own)
 
     return lax.fori_loop(0, lower.shape[0] // size, row, diagonal)
 
@@ -118,8 +115,8 @@ def _by_rows(matrix: Float[Array, "n n"]) -> Triangle:
     symmetric = jnp.tril(matrix) + jnp.tril(matrix, -1).T
 
     def scaled(rows, j):
-        own = lax.dynamic_index_in_dim(rows, j, keepdims=False)
-        return own / jnp.sqrt(own[j])
+        own = slices.row(rows, j)
+        return own / jnp.sqrt(slices.row(own, j))
 
     def row(step, state):
         # The row to come is made here, for what a loop changes in place must not be read in any other order.
@@ -148,9 +145,11 @@ def inverses(lower: Float[Array, "blocks n n"]) -> Float[Array, "blocks n n"]:
     diagonal = diagonal.reshape(-1, size, size)
 
     def row(j, inverse):
-        own = diagonal[:, j]
+        own = slices.row(diagonal, j, axis=1)
+        pivot = slices.rows(own, j, 1, axis=1)
         sums = jnp.einsum("bk,bkn->bn", own, inverse, precision=HIGHEST)
-        return inverse.at[:, j].set(((jnp.arange(size) == j)[None] - sums) / own[:, j, None])
+        solved = ((jnp.arange(size) == j)[None] - sums) / pivot
+        return slices.with_row(inverse, j, solved, axis=1)
 
     inverse = lax.fori_loop(0, size, row, jnp.zeros_like(diagonal))
     while size < n:

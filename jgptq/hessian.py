@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jgptq import slices
 from jgptq.cholesky import HIGHEST, divisor, factorize
 from jgptq.panels import panel_size
 
@@ -48,11 +49,11 @@ class Hessian:
         def slice_d(i):
             # A slice that would end outside is moved back: its first rows were in the one before.
             rows = jnp.minimum(i * size, n - size) + jnp.arange(size)
-            return jnp.where((rows >= i * size)[:, None], lax.dynamic_slice_in_dim(d, i * size, size), 0.0)
+            return jnp.where((rows >= i * size)[:, None], slices.rows(d, i * size, size), 0.0)
 
         def block_row(total, i):
             def product(j, sums):
-                h_ij = lax.dynamic_slice(self.total, (i * size, j * size), (size, size))
+                h_ij = slices.block(self.total, i, j, size)
                 return sums + jnp.where(j < i, 2.0, 1.0) * jnp.dot(h_ij, slice_d(j), precision=HIGHEST)
 
             d_i = slice_d(i)
@@ -124,12 +125,10 @@ def mirrored(hessian: Hessian) -> Hessian:
 
     def block_row(i, total):
         def block(j, total):
-            below = lax.dynamic_slice(total, (i * size, j * size), (size, size))
-            return lax.dynamic_update_slice(total, below.T, (j * size, i * size))
+            return slices.with_block(total, j, i, slices.block(total, i, j, size).T)
 
-        corner = jnp.tril(lax.dynamic_slice(total, (i * size, i * size), (size, size)))
-        total = lax.dynamic_update_slice(total, corner + jnp.tril(corner, -1).T, (i * size, i * size))
-        return lax.fori_loop(0, i, block, total)
+        corner = jnp.tril(slices.block(total, i, i, size))
+        return lax.fori_loop(0, i, block, slices.with_block(total, i, i, corner + jnp.tril(corner, -1).T))
 
     return Hessian(lax.fori_loop(0, n // size, block_row, hessian.total), hessian.tokens)
 
@@ -149,12 +148,12 @@ def _add_blocks(total: Float[Array, "in in"], rows: Float[Array, "tokens in"]) -
     size = panel_size(rows.shape[1])
 
     def columns(i):
-        return lax.dynamic_slice_in_dim(rows, i * size, size, axis=1)
+        return slices.rows(rows, i * size, size, axis=1)
 
     def block_row(i, total):
         def block(j, total):
-            added = lax.dynamic_slice(total, (i * size, j * size), (size, size)) + _gram(columns(i), columns(j))
-            return lax.dynamic_update_slice(total, added, (i * size, j * size))
+            added = slices.block(total, i, j, size) + _gram(columns(i), columns(j))
+            return slices.with_block(total, i, j, added)
 
         return lax.fori_loop(0, i + 1, block, total)
 
@@ -206,12 +205,12 @@ class Factor(NamedTuple):
             def add(j, sums):
                 column = jnp.minimum(j * size, n - size)
                 new = (column + jnp.arange(size) >= j * size)[:, None]
-                block = lax.dynamic_slice(self.lower, (row, column), (size, size))
-                d_j = jnp.where(new, lax.dynamic_slice_in_dim(d, column, size), 0.0)
+                block = slices.corner(self.lower, (row, column), (size, size))
+                d_j = jnp.where(new, slices.rows(d, column, size), 0.0)
                 return sums + jnp.dot(block, d_j, precision=HIGHEST)
 
             sums = lax.fori_loop(0, i + 1, add, jnp.zeros((size, d.shape[1]), d.dtype))
-            return lax.dynamic_update_slice_in_dim(product, sums, row, axis=0)
+            return slices.with_rows(product, row, sums)
 
         return lax.fori_loop(0, -(-n // size), rows, jnp.zeros_like(d))
 
@@ -248,7 +247,7 @@ def factor(hessian: Hessian, damp: Float[Array, ""] | float, order: Int[Array, "
         damp, lower, *_ = state
         lower, pivots, _ = factorize(_damped(lower, hessian.total, tokens, order, revived + damp * scale))
         # What is not finite in a column makes its pivot so.
-        sound = jnp.all(jnp.isfinite(pivots)) & jnp.all(pivots > 0.5 * damp * scale) & jnp.all(pivots > 0)
+        sound = jnp.all(jnp.isfinite(pivots) & (pivots > 0.5 * damp * scale) & (pivots > 0))
         return jnp.where(sound, damp, jnp.maximum(10.0 * damp, 1e-4)), lower, pivots, sound
 
     def unsound(state):
@@ -285,6 +284,6 @@ def _damped(out: Array, total: Array, tokens: Array, order: Array, added: Array)
         taken = _taken(_taken(total, order[here[:, 0]], 0), order, 1) / tokens
         taken += jnp.where(here == jnp.arange(slots)[None, :], added[None, :], 0.0)
         taken = jnp.where(here >= jnp.arange(slots)[None, :], taken, 0.0)
-        return lax.dynamic_update_slice_in_dim(out, taken, block * size, axis=0)
+        return slices.with_rows(out, block * size, taken)
 
     return lax.fori_loop(0, slots // size, rows, out)

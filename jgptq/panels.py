@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jgptq import slices
+
 # Rows or columns at a time: a product of so many runs at full speed.
 PANEL = 1024
 
@@ -24,8 +26,8 @@ def over_columns(f: Callable, matrix: Float[Array, "in out"]) -> Float[Array, "i
     size = panel_size(matrix.shape[1])
 
     def panel(i, matrix):
-        columns = lax.dynamic_slice_in_dim(matrix, i * size, size, axis=1)
-        return lax.dynamic_update_slice_in_dim(matrix, f(columns), i * size, axis=1)
+        columns = slices.rows(matrix, i * size, size, axis=1)
+        return slices.with_rows(matrix, i * size, f(columns), axis=1)
 
     return lax.fori_loop(0, matrix.shape[1] // size, panel, matrix)
 
@@ -46,10 +48,10 @@ def add_product(
         parts = [high.astype(x.dtype), low.astype(x.dtype)]
 
     def panel(i, total):
-        rows = lax.dynamic_slice_in_dim(x, i * size, size, axis=1).T
-        own = lax.dynamic_slice_in_dim(total, i * size, size)
+        rows = slices.rows(x, i * size, size, axis=1).T
+        own = slices.rows(total, i * size, size)
         for part in parts:
             own += jnp.dot(rows, part, precision=lax.Precision.HIGHEST, preferred_element_type=total.dtype)
-        return lax.dynamic_update_slice_in_dim(total, own, i * size, axis=0)
+        return slices.with_rows(total, i * size, own)
 
     return lax.fori_loop(0, total.shape[0] // size, panel, total)

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jgptq import grid as grids
+from jgptq import slices
 from jgptq.accelerators import HOPPERS, runs_on
 from jgptq.cholesky import inverses
 from jgptq.grid import Grid, Levels
@@ -46,8 +47,8 @@ class Rows(NamedTuple):
         """Scale and zero of input j."""
         if self.index is None:
             return self.scales[0], self.zeros[0]
-        group = _row(self.index, j)
-        return _row(self.scales, group), _row(self.zeros, group)
+        group = slices.row(self.index, j)
+        return slices.row(self.scales, group), slices.row(self.zeros, group)
 
 
 class Solution(NamedTuple):
@@ -62,8 +63,8 @@ class Solution(NamedTuple):
     def with_inputs(self, start, codes, errors, loss) -> "Solution":
         """With the inputs from `start` on as well."""
         return self._replace(
-            codes=_with_rows(self.codes, start, codes),
-            errors=_with_rows(self.errors, start, errors),
+            codes=slices.with_rows(self.codes, start, codes),
+            errors=slices.with_rows(self.errors, start, errors),
             loss=self.loss + loss,
         )
 
@@ -81,11 +82,10 @@ class Block(NamedTuple):
 
     def part(self, row, rows, column, columns) -> Float[Array, "rows columns"]:
         """`rows` rows of L from `row` on, `columns` columns from `column` on."""
-        corner = self.start + row, self.start + column
-        return lax.dynamic_slice(self.lower, corner, (rows, columns), allow_negative_indices=False)
+        return slices.corner(self.lower, (self.start + row, self.start + column), (rows, columns))
 
     def own_pivots(self, n: int) -> Float[Array, " n"]:
-        return _rows(self.pivots, self.start, n)
+        return slices.rows(self.pivots, self.start, n)
 
 
 def descend(w, feedback, block: Block, rows, grid, fit, group, sizes) -> Solution:
@@ -120,7 +120,8 @@ class _Descent(NamedTuple):
             scale, zero = self._fitted(start, feedback, sizes)
             number = start // n
             solution = solution._replace(
-                scales=_with_row(solution.scales, number, scale), zeros=_with_row(solution.zeros, number, zero)
+                scales=slices.with_row(solution.scales, number, scale),
+                zeros=slices.with_row(solution.zeros, number, zero),
             )
             rows = Rows(scale[None], zero[None])
 
@@ -137,7 +138,7 @@ class _Descent(NamedTuple):
 
     def _fitted(self, start, feedback, sizes) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
         """Scale and zero of the group that starts there."""
-        block, w = self.block.at(start), _rows(self.w, start, self.group)
+        block, w = self.block.at(start), slices.rows(self.w, start, self.group)
 
         def losses(scales, zeros):
             return with_grids(w, feedback, block, scales, zeros, self.grid, sizes).loss
@@ -153,7 +154,7 @@ class _Descent(NamedTuple):
         def solve(i, solution):
             sums = self._earlier(solution.errors, start, n, i, size)
             if feedback is not None:
-                sums += _rows(feedback, i * size, size)
+                sums += slices.rows(feedback, i * size, size)
             return self.solved(solution, start + i * size, size, sums, rows, sizes[1:])
 
         return lax.fori_loop(0, n // size, solve, solution)
@@ -162,28 +163,31 @@ class _Descent(NamedTuple):
         """Σ_k L_jk errors_k of the `size` inputs j of block i, over the blocks before it; later errors are zero."""
         block = self.block.at(start)
         if n <= SHORT.get(jax.default_backend(), CHUNK):
-            return jnp.dot(block.part(i * size, size, 0, n), _rows(errors, start, n), precision=HIGHEST)
+            return jnp.dot(block.part(i * size, size, 0, n), slices.rows(errors, start, n), precision=HIGHEST)
 
         def product(k, sums):
-            own = _rows(errors, start + k * size, size)
+            own = slices.rows(errors, start + k * size, size)
             return sums + jnp.dot(block.part(i * size, size, k * size, size), own, precision=HIGHEST)
 
         return lax.fori_loop(0, i, product, jnp.zeros((size, errors.shape[1]), errors.dtype))
 
     def _by_inputs(self, solution, start, n, feedback, rows, sizes) -> Solution:
         """The recursion itself, one input at a time."""
-        block, w = self.block.at(start), _rows(self.w, start, n)
+        block, w = self.block.at(start), slices.rows(self.w, start, n)
         targets = w if feedback is None else w + feedback
         lower, pivots = block.part(0, n, 0, n), block.own_pivots(n)
 
         def column(j, state):
             errors, codes, loss = state
-            t = _row(targets, j) + jnp.dot(_row(lower, j), errors, precision=HIGHEST)
+            t = slices.row(targets, j) + jnp.dot(slices.row(lower, j), errors, precision=HIGHEST)
             scale, zero = rows.of(start + j)
             code = grids.encode(t, scale, zero, self.grid.max_code)
             q = grids.decode(code, scale, zero)
-            errors, codes = _with_row(errors, j, _row(w, j) - q), _with_row(codes, j, code.astype(jnp.uint8))
-            return errors, codes, loss + _row(pivots, j) * (t - q) ** 2
+            errors, codes = (
+                slices.with_row(errors, j, slices.row(w, j) - q),
+                slices.with_row(codes, j, code.astype(jnp.uint8)),
+            )
+            return errors, codes, loss + slices.row(pivots, j) * (t - q) ** 2
 
         state = (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8), jnp.zeros(w.shape[1], w.dtype))
         errors, codes, loss = lax.fori_loop(0, n, column, state)
@@ -198,7 +202,7 @@ def _has_kernel(n: int, rows: Rows | None) -> bool:
 def _by_kernel(solution, start, feedback, rows, descent, n) -> Solution:
     from jgptq.solvers import hopper
 
-    block, w = descent.block.at(start), _rows(descent.w, start, n)
+    block, w = descent.block.at(start), slices.rows(descent.w, start, n)
     targets = w if feedback is None else w + feedback
     # The kernel has no rule for a batch.
     solve = jax.custom_batching.sequential_vmap(hopper.solve)
@@ -220,28 +224,11 @@ def with_grids(w, feedback, block: Block, scales, zeros, grid, sizes) -> Solutio
 def _compensated(w, feedback, block):
     """The weights of a group as algorithm 1 holds them on reaching it: moved to make up, if left real, for all errors
     so far. Feedback is in the basis of L, so w + L⁻¹ feedback."""
-    inverse = block.inverses[block.start // w.shape[0]]
+    inverse = slices.row(block.inverses, block.start // w.shape[0])
     return w + jnp.dot(inverse, feedback, precision=HIGHEST)
-
-
-def _row(array, j):
-    """array[j] for a j that is a row's number: indexing would ask, in a handful of operations, whether it is."""
-    return lax.dynamic_index_in_dim(array, j, keepdims=False, allow_negative_indices=False)
-
-
-def _with_row(array, j, row):
-    return lax.dynamic_update_index_in_dim(array, row, j, axis=0, allow_negative_indices=False)
-
-
-def _rows(array, start, count):
-    return lax.dynamic_slice_in_dim(array, start, count, allow_negative_indices=False)
-
-
-def _with_rows(array, start, rows):
-    return lax.dynamic_update_slice_in_dim(array, rows, start, axis=0, allow_negative_indices=False)
 
 
 def group_inverses(lower: Float[Array, "in in"], group: int) -> Float[Array, "groups group group"]:
     """The inverse of each group's own block of L."""
     starts = jnp.arange(0, lower.shape[0], group)
-    return inverses(lax.map(lambda start: lax.dynamic_slice(lower, (start, start), (group, group)), starts))
+    return inverses(lax.map(lambda start: slices.corner(lower, (start, start), (group, group)), starts))

@@ -203,7 +203,7 @@ def _check_options(act_order: Any, damp: Any, block_size: Any, scale_search: Any
 
 def _packed(weights, factors, grid, *options):
     first, *others = factors.orders
-    outputs = tuple(energy(first, (w,)) for w in weights)
+    outputs = tuple(energy(factors, (w,)) for w in weights)
 
     def solve(prepared):
         return _solve(tuple(weights), outputs, prepared, grids.levels(grid), *options)

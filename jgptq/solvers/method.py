@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jgptq import tensor
+from jgptq import slices, tensor
 from jgptq.grid import Grid, scales_at_limit
 from jgptq.hessian import MAX_DAMP, Hessian
 
@@ -120,7 +120,7 @@ def over_outputs(f: Callable, w: Float[Array, "in out"], tile: int = TILE) -> An
     out_features = w.shape[1]
     size = outputs_at_once(out_features, tile)
     starts = jnp.arange(0, out_features, size)
-    return lax.map(lambda start: f(lax.dynamic_slice_in_dim(w, start, size, axis=1)), starts)
+    return lax.map(lambda start: f(slices.rows(w, start, size, axis=1)), starts)
 
 
 # Outputs of which energies are computed, at most, and sums of outputs where there are more.
@@ -159,7 +159,7 @@ def _signed_sums(diagonal, arrays, others, difference) -> tuple[Float[Array, "in
     def add(i, state):
         # A slice that would end outside is moved back: its first outputs were in the one before.
         first = jnp.minimum(i * SUMS, out_features - SUMS)
-        d = difference(*(lax.dynamic_slice_in_dim(array, first, SUMS, axis=1) for array in arrays), *others)
+        d = difference(*(slices.rows(array, first, SUMS, axis=1) for array in arrays), *others)
         d = jnp.where((first + jnp.arange(SUMS) >= i * SUMS)[None], d.astype(jnp.float32), 0.0)
         sums, squares = state
         return sums + signs[i][None] * d, squares + _weighted_squares(diagonal, d)

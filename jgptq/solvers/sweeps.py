@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jgptq import grid as grids
+from jgptq import slices
 from jgptq.cholesky import factorize
 from jgptq.grid import Grid, Levels
 from jgptq.hessian import HIGHEST, Factor
@@ -31,7 +32,7 @@ class GroupFactors(NamedTuple):
 
 def group_factors(factored: Factor, group: int) -> GroupFactors:
     def one(start):
-        columns = lax.dynamic_slice_in_dim(factored.lower, start, group, axis=1)
+        columns = slices.rows(factored.lower, start, group, axis=1)
         matrix = jnp.dot(columns.T, factored.pivots[:, None] * columns, precision=HIGHEST)
         lower, pivots, half = factorize(jnp.tril(matrix), inverse=True)
         inverse = jnp.dot(half / pivots[None], half.T, precision=HIGHEST)
@@ -62,40 +63,37 @@ def sweep(
         """`add` over the rows of L's columns of group g, but for those that are zero; some rows at a time."""
 
         def step(i, state):
-            return add(state, i * rows, lax.dynamic_slice(factored.lower, (i * rows, g * size), (rows, size)))
+            return add(state, i * rows, slices.corner(factored.lower, (i * rows, g * size), (rows, size)))
 
         return lax.fori_loop(g * size // rows, slots // rows, step, state)
 
     def visit(number, state):
         codes, scales, zeros, errors, products = state
         g = number % scales.shape[0]
-        own = jax.tree.map(lambda array: array[g], factors)
-        w_g, e_g, codes_g = (lax.dynamic_slice_in_dim(array, g * size, size) for array in (w, errors, codes))
+        own = jax.tree.map(lambda array: slices.row(array, g), factors)
+        w_g, e_g, codes_g = (slices.rows(array, g * size, size) for array in (w, errors, codes))
+        scale_g, zero_g = slices.row(scales, g), slices.row(zeros, g)
 
         def pulled(pull, start, columns):
-            pivots, sums = (lax.dynamic_slice_in_dim(array, start, rows) for array in (factored.pivots, products))
+            pivots, sums = (slices.rows(array, start, rows) for array in (factored.pivots, products))
             return pull + jnp.dot((pivots[:, None] * columns).T, sums, precision=HIGHEST)
 
         pull = below(g, pulled, jnp.zeros_like(w_g))
         move = jnp.dot(own.inverse, pull, precision=HIGHEST) - e_g
-        new = _again(w_g + move, codes_g, scales[g], zeros[g], own, grid, inner_sizes)
+        new = _again(w_g + move, codes_g, scale_g, zero_g, own, grid, inner_sizes)
         e_new = w_g - grids.decode(new.codes.astype(w.dtype), new.scales[None], new.zeros[None])
         better = (_loss(e_new + move, own) < _loss(e_g + move, own))[None]
         e_new = jnp.where(better, e_new, e_g)
 
         def moved(products, start, columns):
-            sums = lax.dynamic_slice_in_dim(products, start, rows)
-            sums += jnp.dot(columns, e_new - e_g, precision=HIGHEST)
-            return lax.dynamic_update_slice_in_dim(products, sums, start, axis=0)
+            sums = slices.rows(products, start, rows) + jnp.dot(columns, e_new - e_g, precision=HIGHEST)
+            return slices.with_rows(products, start, sums)
 
         products = below(g, moved, products)  # L e, kept up to date rather than computed again
         codes_g = jnp.where(better, new.codes, codes_g)
-        codes, errors = (
-            lax.dynamic_update_slice_in_dim(array, values, g * size, axis=0)
-            for array, values in ((codes, codes_g), (errors, e_new))
-        )
-        scales = scales.at[g].set(jnp.where(better[0], new.scales, scales[g]))
-        zeros = zeros.at[g].set(jnp.where(better[0], new.zeros, zeros[g]))
+        codes, errors = slices.with_rows(codes, g * size, codes_g), slices.with_rows(errors, g * size, e_new)
+        scales = slices.with_row(scales, g, jnp.where(better[0], new.scales, scale_g))
+        zeros = slices.with_row(zeros, g, jnp.where(better[0], new.zeros, zero_g))
         return codes, scales, zeros, errors, products
 
     state = (solution.codes, solution.scales, solution.zeros, solution.errors, factored.times(solution.errors))
