@@ -19,7 +19,7 @@ import numpy as np
 
 from jgptq.executor import checked_batches, is_lazy, part_key
 from jgptq.grid import SHRINKS, Grid
-from jgptq.panels import PANEL
+from jgptq.hessian import rows_at_once
 from jgptq.partition import common_mesh
 from jgptq.quantize import check_offload
 from jgptq.rules import Rule, checked_rules, chosen_sites, completed, settings_of
@@ -223,7 +223,7 @@ class _Memory:
             held
             | replaced
             | {"activations": self._waiting(own), "Hessian": hessian, "drift": drift}
-            | {"inputs in float32": self._rows(own) + 4 * min(n, PANEL) * n * batch},
+            | {"inputs in float32": 2 * self._rows(own) + 4 * rows_at_once(n) * n * batch},
             held
             | replaced
             | {"activations": self._waiting(own), "Hessian": hessian, "drift": drift}

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jgptq import slices
+from jgptq.accelerators import on_one_cpu
 from jgptq.cholesky import HIGHEST, divisor, factorize
 from jgptq.panels import panel_size
 
@@ -91,9 +92,9 @@ def _update(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
     return mirrored(add_below(hessian, x))
 
 
-# Blocks along a side of a triangle. Four leave 10 of 16 products; more would compile longer and save little.
-BLOCKS = 4
-# Sides of a block at least: in smaller ones a product loses on a CPU what the triangle saves; elsewhere it is to fill a
+# Slabs of a triangle. Four leave 10 of 16 products; more would compile longer and save little.
+SLABS = 4
+# Rows of a slab at least: in smaller ones a product loses on a CPU what the triangle saves; elsewhere it is to fill a
 # GPU (not measured).
 SIDE, SIDE_OF_ACCELERATORS = 128, 2048
 
@@ -107,14 +108,38 @@ def add_below(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
     rows = x.reshape(-1, x.shape[-1])
     if rows.dtype not in (jnp.bfloat16, jnp.float16):
         rows = rows.astype(jnp.float32)
-    n, total = rows.shape[1], hessian.total
-    if n > WIDE and panel_size(n) < n:
-        return Hessian(_add_blocks(total, rows), hessian.tokens + rows.shape[0])
+    tokens, n = rows.shape
+    if n > WIDE and rows_at_once(n) < n:
+        total = _add_blocks(hessian.total, rows)
+    else:
+        count = divisor(tokens, CHUNK) if tokens and on_one_cpu() else tokens
+        count = count if count > CHUNK // 2 else tokens
+
+        def chunk(i, total):
+            return _add_slabs(total, slices.rows(rows, i * count, count))
+
+        total = lax.fori_loop(0, tokens // max(count, 1), chunk, hessian.total)
+    return Hessian(total, hessian.tokens + tokens)
+
+
+# Tokens at a time on a CPU, at most: the copies of more leave its caches, and 2048 of 2048 inputs take twice the time.
+CHUNK = 1024
+
+
+def rows_at_once(n: int) -> int:
+    """Rows of a sum over n inputs that are made at a time."""
+    if n > WIDE:
+        return panel_size(n)
     least = SIDE if jax.default_backend() == "cpu" else SIDE_OF_ACCELERATORS
-    size = n // next(count for count in range(BLOCKS, 0, -1) if n % count == 0 and (n >= least * count or count == 1))
+    return n // next(count for count in range(SLABS, 0, -1) if n % count == 0 and (n >= least * count or count == 1))
+
+
+def _add_slabs(total: Float[Array, "in in"], rows: Float[Array, "tokens in"]) -> Float[Array, "in in"]:
+    """The lower triangle of total + the sum over tokens of x xᵀ, by slabs of rows up to the diagonal."""
+    n, size = rows.shape[1], rows_at_once(rows.shape[1])
     for end in range(size, n + 1, size):
         total = total.at[end - size : end, :end].add(_gram(rows[:, end - size : end], rows[:, :end]))
-    return Hessian(total, hessian.tokens + rows.shape[0])
+    return total
 
 
 def mirrored(hessian: Hessian) -> Hessian:
@@ -145,7 +170,7 @@ def _gram(a: Float[Array, "tokens a"], b: Float[Array, "tokens b"]) -> Float[Arr
 
 def _add_blocks(total: Float[Array, "in in"], rows: Float[Array, "tokens in"]) -> Float[Array, "in in"]:
     """The lower triangle of total + the sum over tokens of x xᵀ, block by block."""
-    size = panel_size(rows.shape[1])
+    size = rows_at_once(rows.shape[1])
 
     def columns(i):
         return slices.rows(rows, i * size, size, axis=1)
