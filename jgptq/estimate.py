@@ -320,9 +320,9 @@ class _Memory:
         return self._late_bytes(map(part_key, steps[number + 1][0].parts))
 
 
-# What one solve takes at most, in float32 copies of its weight: where outputs go up to TILE at a time, and all at once.
-# Where as many as TILE_WITHOUT_SEARCH go at a time, copies of what these have of the weight, and of the whole.
-SOLVE_COPIES, SOLVE_COPIES_AT_ONCE, TILE_COPIES, WHOLE_COPIES = 1.5, 5.0, 4.5, 0.5
+# What one solve takes, in float32 copies of its weight: where all outputs go at once; where some do at a time, of the
+# whole, and of what these have of the weight, with scale search or sweeps and without.
+SOLVE_COPIES_AT_ONCE, WHOLE_COPIES, SEARCH_COPIES, TILE_COPIES = 5.0, 0.65, 5.5, 2.3
 
 
 def _solve_bytes(stack: Sequence[Part], method: Any) -> int:
@@ -333,7 +333,7 @@ def _solve_bytes(stack: Sequence[Part], method: Any) -> int:
     if jax.default_backend() != "cpu" or together > tile:
         copies = SOLVE_COPIES_AT_ONCE
     else:
-        copies = SOLVE_COPIES if tile == TILE else TILE_COPIES * together / outputs + WHOLE_COPIES
+        copies = WHOLE_COPIES + (SEARCH_COPIES if tile == TILE else TILE_COPIES) * together / outputs
     size = sum(4 * math.prod(part.layout.shape) for part in stack)
     # Of several orders the best solution so far waits: codes of a byte, and as much for grids in groups of 32.
     return int((copies + (0.5 if _orders(method) > 1 else 0.0)) * size)

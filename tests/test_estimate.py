@@ -252,7 +252,7 @@ SEARCHED = GPTQ(targets=None)
 
 @pytest.mark.parametrize(
     ("method", "outputs", "copies"),
-    [(SEARCHED, 1024, 1.5), (SEARCHED, 1031, 5.0), (PLAIN, 1024, 5.0), (PLAIN, 4096, 1.625), (PLAIN, 1031, 5.0)],
+    [(SEARCHED, 1024, 2.025), (SEARCHED, 1031, 5.0), (PLAIN, 1024, 2.95), (PLAIN, 4096, 1.225), (PLAIN, 1031, 5.0)],
 )
 def test_outputs_that_cannot_be_divided_are_solved_at_once(method, outputs, copies):
     """1031 is a prime."""
@@ -269,7 +269,20 @@ def test_weights_solved_as_one_take_what_all_of_their_outputs_do(limit, outputs,
     }
     x = jax.ShapeDtypeStruct((1, 64), jnp.float32)
     found = jgptq.estimate(lambda params, x: [x @ w for w in params.values()], params, [x], grid=GRID, method=PLAIN)
-    assert dict(found.peak)["one solve"] == 5 * 4 * 64 * outputs
+    assert dict(found.peak)["one solve"] == pytest.approx(2.95 * 4 * 64 * outputs, abs=1)
+
+
+@pytest.mark.parametrize("method", [PLAIN, SEARCHED], ids=["plain", "searched"])
+def test_a_solve_takes_what_xla_compiles_it_to(method):
+    w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2048, 2048), (1, 2048)))
+    grid = jgptq.Grid(bits=4, group_size=128)
+    estimated = dict(jgptq.estimate(lambda w, x: x @ w, w, [x], grid=grid, method=method).peak)["one solve"]
+    hessian = jax.eval_shape(jgptq.update_hessian, jax.eval_shape(lambda: jgptq.init_hessian(2048)), x)
+    factors = jax.eval_shape(lambda hessian: method.prepare(hessian, grid), hessian)
+    compiled = jax.jit(lambda w, factors: method.solve(w, factors, grid)).lower(w, factors).compile()
+    memory = compiled.memory_analysis()
+    # Here packing and the output's energy are in the same program, and tests do not optimize.
+    assert 0.7 < estimated / (memory.temp_size_in_bytes + memory.output_size_in_bytes) < 1.3
 
 
 @pytest.mark.parametrize(("one_by_one", "factors"), [(("cpu",), 1), ((), 3)])
