@@ -27,11 +27,6 @@ def runs_on(platform: str, devices: tuple[str, ...], mesh: Any = None) -> bool:
     return bool(kinds) and named and (count <= 1 or divided)
 
 
-def on_one_cpu() -> bool:
-    """Whether it will run on one CPU device, so that any part of an array is at hand."""
-    return jax.default_backend() == "cpu" and runs_on("cpu", ("cpu",))
-
-
 @functools.cache
 def _device_kinds(platform: str) -> tuple[str, ...]:
     try:

@@ -19,7 +19,8 @@ import numpy as np
 
 from jgptq.executor import checked_batches, is_lazy, part_key
 from jgptq.grid import SHRINKS, Grid
-from jgptq.hessian import rows_at_once
+from jgptq.hessian import waiting_numbers
+from jgptq.panels import PANEL
 from jgptq.partition import common_mesh
 from jgptq.quantize import check_offload
 from jgptq.rules import Rule, checked_rules, chosen_sites, completed, settings_of
@@ -218,12 +219,13 @@ class _Memory:
         if self.models == 2 and number:
             residuals = sum(4 * n * part.layout.out_features for part in step.parts if any(r.added for r in part.reads))
             drift = hessian + residuals
+        waiting = max(waiting_numbers(n), min(n, PANEL) * n if drift else 0)
         return [
             held | replaced | self._advancing(before, own),
             held
             | replaced
             | {"activations": self._waiting(own), "Hessian": hessian, "drift": drift}
-            | {"inputs in float32": 2 * self._rows(own) + 4 * rows_at_once(n) * n * batch},
+            | {"inputs in float32": self._rows(own), "sums": 4 * waiting * batch},
             held
             | replaced
             | {"activations": self._waiting(own), "Hessian": hessian, "drift": drift}
@@ -320,20 +322,19 @@ class _Memory:
         return self._late_bytes(map(part_key, steps[number + 1][0].parts))
 
 
-# What one solve takes, in float32 copies of its weight: where all outputs go at once; where some do at a time, of the
-# whole, and of what these have of the weight, with scale search or sweeps and without.
-SOLVE_COPIES_AT_ONCE, WHOLE_COPIES, SEARCH_COPIES, TILE_COPIES = 5.0, 0.65, 5.5, 2.3
+# What one solve takes, in float32 copies of its weight: on a CPU of the whole, and of what the outputs that go at a
+# time have of it, with scale search or sweeps and without; elsewhere all go at once.
+WHOLE_COPIES, SEARCH_COPIES, TILE_COPIES, SOLVE_COPIES_AT_ONCE = 0.65, 6.4, 2.3, 5.0
 
 
 def _solve_bytes(stack: Sequence[Part], method: Any) -> int:
     """Of parts that are solved as one."""
     outputs = sum(part.layout.out_features for part in stack)
     tile = _tile(method)
-    together = outputs_at_once(outputs, tile)
-    if jax.default_backend() != "cpu" or together > tile:
-        copies = SOLVE_COPIES_AT_ONCE
-    else:
-        copies = WHOLE_COPIES + (SEARCH_COPIES if tile == TILE else TILE_COPIES) * together / outputs
+    copies = SOLVE_COPIES_AT_ONCE
+    if jax.default_backend() == "cpu":
+        own = SEARCH_COPIES if tile == TILE else TILE_COPIES
+        copies = WHOLE_COPIES + own * outputs_at_once(outputs, tile) / outputs
     size = sum(4 * math.prod(part.layout.shape) for part in stack)
     # Of several orders the best solution so far waits: codes of a byte, and as much for grids in groups of 32.
     return int((copies + (0.5 if _orders(method) > 1 else 0.0)) * size)

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jgptq import slices
-from jgptq.accelerators import on_one_cpu
 from jgptq.cholesky import HIGHEST, divisor, factorize
 from jgptq.panels import panel_size
 
@@ -92,13 +92,13 @@ def _update(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
     return mirrored(add_below(hessian, x))
 
 
-# Slabs of a triangle. Four leave 10 of 16 products; more would compile longer and save little.
-SLABS = 4
-# Rows of a slab at least: in smaller ones a product loses on a CPU what the triangle saves; elsewhere it is to fill a
+# Blocks along a side of a triangle. Four leave 10 of 16 products; more would compile longer and save little.
+SIDES = 4
+# Rows of a block at least: in smaller ones a product loses on a CPU what the triangle saves; elsewhere it is to fill a
 # GPU (not measured).
-SIDE, SIDE_OF_ACCELERATORS = 128, 2048
+LEAST, LEAST_OF_ACCELERATORS = 128, 2048
 
-# Inputs above which blocks go one by one: of those in one program XLA has all waiting to be added, half a matrix.
+# Inputs above which blocks go one by one: of those in one program XLA has all waiting to be added, over half a matrix.
 WIDE = 8192
 
 
@@ -108,54 +108,46 @@ def add_below(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
     rows = x.reshape(-1, x.shape[-1])
     if rows.dtype not in (jnp.bfloat16, jnp.float16):
         rows = rows.astype(jnp.float32)
-    tokens, n = rows.shape
-    if n > WIDE and rows_at_once(n) < n:
-        total = _add_blocks(hessian.total, rows)
-    else:
-        count = divisor(tokens, CHUNK) if tokens and on_one_cpu() else tokens
-        count = count if count > CHUNK // 2 else tokens
-
-        def chunk(i, total):
-            return _add_slabs(total, slices.rows(rows, i * count, count))
-
-        total = lax.fori_loop(0, tokens // max(count, 1), chunk, hessian.total)
+    (tokens, n), total = rows.shape, hessian.total
+    size = _side_of_sums(n)
+    if n > WIDE and size < n:
+        return Hessian(_add_one_by_one(total, rows, size), hessian.tokens + tokens)
+    # Slices that are made once: of whole slabs up to the diagonal a GPU or CPU would copy twice the batch.
+    columns = [rows[:, start : start + size] for start in range(0, n, size)]
+    for i, here in enumerate(columns):
+        for j, there in enumerate(columns[: i + 1]):
+            block = slice(i * size, (i + 1) * size), slice(j * size, (j + 1) * size)
+            total = total.at[block].add(_gram(here, there))
     return Hessian(total, hessian.tokens + tokens)
 
 
-# Tokens at a time on a CPU, at most: the copies of more leave its caches, and 2048 of 2048 inputs take twice the time.
-CHUNK = 1024
-
-
-def rows_at_once(n: int) -> int:
-    """Rows of a sum over n inputs that are made at a time."""
+def _side_of_sums(n: int) -> int:
     if n > WIDE:
         return panel_size(n)
-    least = SIDE if jax.default_backend() == "cpu" else SIDE_OF_ACCELERATORS
-    return n // next(count for count in range(SLABS, 0, -1) if n % count == 0 and (n >= least * count or count == 1))
+    least = LEAST if jax.default_backend() == "cpu" else LEAST_OF_ACCELERATORS
+    return n // next(count for count in range(SIDES, 0, -1) if n % count == 0 and (n >= least * count or count == 1))
 
 
-def _add_slabs(total: Float[Array, "in in"], rows: Float[Array, "tokens in"]) -> Float[Array, "in in"]:
-    """The lower triangle of total + the sum over tokens of x xᵀ, by slabs of rows up to the diagonal."""
-    n, size = rows.shape[1], rows_at_once(rows.shape[1])
-    for end in range(size, n + 1, size):
-        total = total.at[end - size : end, :end].add(_gram(rows[:, end - size : end], rows[:, :end]))
-    return total
+def waiting_numbers(n: int) -> int:
+    """How many products of two inputs wait to be added to a sum over n inputs."""
+    size = _side_of_sums(n)
+    return size * size if n > WIDE else n * (n + size) // 2
 
 
 def mirrored(hessian: Hessian) -> Hessian:
-    """With the lower triangle of the sum above the diagonal as well. In place, so there is never a second matrix."""
+    """With the lower triangle of the sum above its diagonal as well; in place, but for numbers without divisors."""
     n = hessian.in_features
     size = divisor(n, MIRROR) if jax.default_backend() == "cpu" else panel_size(n)
-    size = size if size >= min(n, MIRROR // 8) else n
+    size = size if size >= min(n, MIRROR // 8) else panel_size(n)
 
-    def block_row(i, total):
-        def block(j, total):
-            return slices.with_block(total, j, i, slices.block(total, i, j, size).T)
+    def block(total, place):
+        i, j = place
+        below = slices.block(total, i, j, size)
+        below = jnp.where(i == j, jnp.tril(below) + jnp.tril(below, -1).T, below)
+        return slices.with_block(slices.with_block(total, i, j, below), j, i, below.T), None
 
-        corner = jnp.tril(slices.block(total, i, i, size))
-        return lax.fori_loop(0, i, block, slices.with_block(total, i, i, corner + jnp.tril(corner, -1).T))
-
-    return Hessian(lax.fori_loop(0, n // size, block_row, hessian.total), hessian.tokens)
+    places = tuple(map(jnp.asarray, np.tril_indices(n // size)))
+    return Hessian(lax.scan(block, hessian.total, places)[0], hessian.tokens)
 
 
 # Rows of a block that a CPU turns around: 64 to 128 are in its caches, and take a sixth of the time of 1024.
@@ -168,10 +160,7 @@ def _gram(a: Float[Array, "tokens a"], b: Float[Array, "tokens b"]) -> Float[Arr
     return lax.dot_general(a, b, dimensions, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
-def _add_blocks(total: Float[Array, "in in"], rows: Float[Array, "tokens in"]) -> Float[Array, "in in"]:
-    """The lower triangle of total + the sum over tokens of x xᵀ, block by block."""
-    size = rows_at_once(rows.shape[1])
-
+def _add_one_by_one(total: Float[Array, "in in"], rows: Float[Array, "tokens in"], size: int) -> Float[Array, "in in"]:
     def columns(i):
         return slices.rows(rows, i * size, size, axis=1)
 

@@ -1,7 +1,7 @@
-"""Slices at places that are computed and known to lie inside.
+"""Slices at computed places that are never negative; one that would end outside is moved back, as in `jax.lax`.
 
-What `jax.lax` has would count a negative place from the end: that question is a kernel of its own for each slice, and
-what a program costs to compile is in proportion to its kernels.
+What `jax.lax` has counts a negative place from the end: that question is a kernel of its own for each slice, and what a
+program costs to compile is in proportion to its kernels.
 """
 
 import jax

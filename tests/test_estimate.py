@@ -252,13 +252,13 @@ SEARCHED = GPTQ(targets=None)
 
 @pytest.mark.parametrize(
     ("method", "outputs", "copies"),
-    [(SEARCHED, 1024, 2.025), (SEARCHED, 1031, 5.0), (PLAIN, 1024, 2.95), (PLAIN, 4096, 1.225), (PLAIN, 1031, 5.0)],
+    [(SEARCHED, 1024, 2.25), (SEARCHED, 1031, 7.05), (PLAIN, 1024, 2.95), (PLAIN, 4096, 1.225), (PLAIN, 1031, 2.95)],
 )
 def test_outputs_that_cannot_be_divided_are_solved_at_once(method, outputs, copies):
     """1031 is a prime."""
     w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, outputs), (1, 64)))
     found = jgptq.estimate(lambda w, x: x @ w, w, [x], grid=GRID, method=method)
-    assert dict(found.peak)["one solve"] == int(copies * 4 * 64 * outputs)
+    assert dict(found.peak)["one solve"] == pytest.approx(copies * 4 * 64 * outputs, abs=1)
 
 
 @pytest.mark.parametrize(("limit", "outputs"), [(0, 96), (64, 96), (128, 128), (160, 160)])

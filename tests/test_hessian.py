@@ -229,7 +229,7 @@ def test_lower_triangles_of_batches_mirrored_once_are_the_sum(monkeypatch, wide)
     x = np.random.default_rng(3).standard_normal((50, 12)).astype(np.float32)
     monkeypatch.setattr(hessians, "panel_size", lambda n: 4)
     monkeypatch.setattr(hessians, "WIDE", wide)
-    monkeypatch.setattr(hessians, "SIDE", 3)
+    monkeypatch.setattr(hessians, "LEAST", 3)
     hessian = jgptq.init_hessian(12)
     for rows in (x[:20], x[20:]):
         hessian = jax.jit(lambda hessian, rows: hessians.add_below(hessian, rows))(hessian, rows)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jgptq import executor
-from jgptq.hessian import Hessian
+from jgptq.hessian import Hessian, waiting_numbers
 from jgptq.panels import PANEL, add_product, over_columns, panel_size
 from jgptq.solvers import targets
 from jgptq.tracing.products import Dot
@@ -72,6 +72,20 @@ def most(compiled) -> float:
 def test_a_wide_hessian_is_summed_in_one_matrix():
     x = struct(512, WIDE, dtype=jnp.bfloat16)
     assert most(executor._accumulate.lower(wide_hessian(), ROWS, None, x).compile()) < 1.2
+
+
+def test_a_wide_sum_is_mirrored_in_its_own_place():
+    assert most(executor._mirrored.lower(wide_hessian()).compile()) < 1.01
+
+
+# As estimated, beside the total: the batch's columns, and the blocks that wait to be added.
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_sum_takes_what_waits_to_be_added(dtype):
+    n, tokens = 2048, 1024
+    total = Hessian(struct(n, n), struct(dtype=jnp.int32))
+    compiled = executor._accumulate.lower(total, ROWS, None, struct(tokens, n, dtype=dtype)).compile()
+    taken = compiled.memory_analysis().temp_size_in_bytes
+    assert 0.5 * taken < 4 * (tokens * n + waiting_numbers(n)) < 2 * taken
 
 
 def test_a_wide_drift_is_summed_in_one_matrix():

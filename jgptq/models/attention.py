@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jgptq.accelerators import on_one_cpu
+from jgptq.accelerators import runs_on
 from jgptq.models import rotary
 from jgptq.models.layers import Linear, precision, together
 
@@ -247,7 +247,7 @@ class Attention(nnx.Module):
         if self.alibi is not None:
             bias = self.alibi.bias(positions.keys).reshape(self.kv_heads, group, 1, -1)
         attend = self._attend
-        if positions.from_beginning and self.heads * count**2 >= LARGE and on_one_cpu():
+        if positions.from_beginning and self.heads * count**2 >= LARGE and _on_one_cpu():
             attend = self._attend_in_parts
         mixed = attend(queries, keys, values, mask, bias)
         return jnp.moveaxis(mixed, 3, 1).reshape(batch, count, self.heads * self.head_dim)
@@ -315,3 +315,7 @@ class Attention(nnx.Module):
             return mixed.reshape(-1, *mixed.shape[2:])
 
         return lax.map(attend_sequence, (queries, keys, values))
+
+
+def _on_one_cpu() -> bool:
+    return jax.default_backend() == "cpu" and runs_on("cpu", ("cpu",))

@@ -20,7 +20,7 @@ from jgptq import grid as grids
 from jgptq import slices
 from jgptq.accelerators import HOPPERS, runs_on
 from jgptq.cholesky import inverses
-from jgptq.grid import Grid, Levels
+from jgptq.grid import Levels
 from jgptq.hessian import HIGHEST
 from jgptq.solvers import fits
 
@@ -88,7 +88,7 @@ class Block(NamedTuple):
         return slices.rows(self.pivots, self.start, n)
 
 
-def descend(w, feedback, block: Block, rows, grid, fit, group, sizes) -> Solution:
+def descend(w, feedback, block: Block, rows, grid: Levels, fit, group, sizes) -> Solution:
     """Solves a block of n inputs given the feedback Σ L_jk e_k of all inputs before it (None: there are none).
 
     w, feedback (n, out); rows: the grids, once known; fit: what finds them; sizes: the nested block sizes below n.
@@ -110,9 +110,9 @@ class _Descent(NamedTuple):
 
     w: Float[Array, "in out"]
     block: Block
-    grid: Grid | Levels
+    grid: Levels
     fit: Callable | None
-    group: int
+    group: int | None
 
     def solved(self, solution: Solution, start, n: int, feedback, rows: Rows | None, sizes) -> Solution:
         """With the n inputs from `start` on. feedback: of all inputs before them, (n, out)."""
@@ -125,16 +125,16 @@ class _Descent(NamedTuple):
             )
             rows = Rows(scale[None], zero[None])
 
-        def by_loop(solution, start, feedback, rows, descent):
-            by = descent._by_blocks if sizes else descent._by_inputs
-            return by(solution, start, n, feedback, rows, sizes)
+        def by_loop(whole, solution, start, feedback, rows):
+            if sizes:
+                return whole._by_blocks(solution, start, n, feedback, rows, sizes)
+            return whole._by_inputs(solution, start, n, feedback, rows)
 
         if not _has_kernel(n, rows):
-            return by_loop(solution, start, feedback, rows, self)
-        by_kernel = functools.partial(_by_kernel, n=n)
-        # `fit` is no array, and has done its work.
-        operands = solution, start, feedback, rows, self._replace(fit=None, group=None)
-        return lax.platform_dependent(*operands, cuda=by_kernel, default=by_loop)
+            return by_loop(self, solution, start, feedback, rows)
+        # What finds grids has done its work, and operands are arrays.
+        operands = self._replace(fit=None, group=None), solution, start, feedback, rows
+        return lax.platform_dependent(*operands, cuda=functools.partial(_by_kernel, n=n), default=by_loop)
 
     def _fitted(self, start, feedback, sizes) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
         """Scale and zero of the group that starts there."""
@@ -171,7 +171,7 @@ class _Descent(NamedTuple):
 
         return lax.fori_loop(0, i, product, jnp.zeros((size, errors.shape[1]), errors.dtype))
 
-    def _by_inputs(self, solution, start, n, feedback, rows, sizes) -> Solution:
+    def _by_inputs(self, solution, start, n, feedback, rows) -> Solution:
         """The recursion itself, one input at a time."""
         block, w = self.block.at(start), slices.rows(self.w, start, n)
         targets = w if feedback is None else w + feedback
@@ -199,19 +199,19 @@ def _has_kernel(n: int, rows: Rows | None) -> bool:
     return one_grid and STRIP <= n <= KERNEL_INPUTS and n % 8 == 0 and runs_on("cuda", KERNEL_DEVICES)
 
 
-def _by_kernel(solution, start, feedback, rows, descent, n) -> Solution:
+def _by_kernel(whole: _Descent, solution, start, feedback, rows, n) -> Solution:
     from jgptq.solvers import hopper
 
-    block, w = descent.block.at(start), slices.rows(descent.w, start, n)
+    block, w = whole.block.at(start), slices.rows(whole.w, start, n)
     targets = w if feedback is None else w + feedback
     # The kernel has no rule for a batch.
     solve = jax.custom_batching.sequential_vmap(hopper.solve)
-    lower, most = block.part(0, n, 0, n), jnp.asarray(descent.grid.max_code, jnp.float32)
+    lower, most = block.part(0, n, 0, n), jnp.asarray(whole.grid.max_code, jnp.float32)
     codes, errors, loss = solve(w, targets, lower, block.own_pivots(n), rows.scales[0], rows.zeros[0], most)
     return solution.with_inputs(start, codes.astype(jnp.uint8), errors, loss)
 
 
-def with_grids(w, feedback, block: Block, scales, zeros, grid, sizes) -> Solution:
+def with_grids(w, feedback, block: Block, scales, zeros, grid: Levels, sizes) -> Solution:
     """Solves a group with each of several given (candidates, out) scales and zeros, side by side: codes and errors
     (n, candidates · out), loss (candidates, out)."""
     count, n = scales.shape[0], w.shape[0]

@@ -144,16 +144,16 @@ def energy(
 
     The product compiles by itself, once for all differences. difference: a function of a module, or it compiles anew.
     """
-    return _product_energy(shared, *_signed_sums(shared.diagonal, arrays, others, difference))
+    return _product_energy(shared, *_signed_sums(shared, arrays, others, difference))
 
 
 @functools.partial(jax.jit, static_argnames="difference")
-def _signed_sums(diagonal, arrays, others, difference) -> tuple[Float[Array, "in sums"], Float[Array, ""] | None]:
+def _signed_sums(shared, arrays, others, difference) -> tuple[Float[Array, "in sums"], Float[Array, ""] | None]:
     """d itself, or the sums of its outputs with Σ H_kk d_k² of all of them."""
     in_features, out_features = arrays[0].shape
     if out_features <= EXACT:
         return difference(*arrays, *others).astype(jnp.float32), None
-    count = -(-out_features // SUMS)
+    diagonal, count = shared.diagonal, -(-out_features // SUMS)
     signs = jnp.asarray(np.random.default_rng(0).choice(np.float32([-1, 1]), (count, SUMS)))
 
     def add(i, state):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jgptq import grid as grids
 from jgptq import slices
 from jgptq.cholesky import factorize
-from jgptq.grid import Grid, Levels
+from jgptq.grid import Levels
 from jgptq.hessian import HIGHEST, Factor
 from jgptq.solvers import fits
 from jgptq.solvers.descent import Block, Solution, with_grids
@@ -46,7 +46,7 @@ def sweep(
     solution: Solution,
     factored: Factor,
     factors: GroupFactors,
-    grid: Grid | Levels,
+    grid: Levels,
     sizes: tuple[int, ...],
     sweeps: int,
 ) -> Solution:
@@ -134,7 +134,7 @@ def one_by_one(
     scale: Array,
     zero: Array,
     matrix: Array,
-    grid: Grid | Levels,
+    grid: Levels,
     sizes: tuple[int, ...] = (),
 ) -> Array:
     """Each code in turn set to the best one with all others fixed: the minimum of (t - q)ᵀ H (t - q) along q_j is at

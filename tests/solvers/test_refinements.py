@@ -56,7 +56,7 @@ def recursion(w, feedback, h, scale, zero, bits):
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (3, True), (2, False)])
 def test_each_candidate_costs_what_the_groups_own_recursion_says(block, bits, symmetric):
     w, feedback, h, _ = block
-    grid = jgptq.Grid(bits=bits, group_size=16, symmetric=symmetric)
+    grid = grids.levels(jgptq.Grid(bits=bits, group_size=16, symmetric=symmetric))
     group = group_of(block, grid, jnp.asarray(feedback))
     scale, zero = grids.fit(group.compensated(), grid)
     factors = np.array([0.6, 0.8, 1.0, -0.9 if symmetric else 1.1], np.float32)
@@ -72,7 +72,7 @@ def test_each_candidate_costs_what_the_groups_own_recursion_says(block, bits, sy
 @pytest.mark.parametrize(("bits", "symmetric", "positive"), [(4, False, False), (4, True, False), (3, True, True)])
 def test_no_candidate_beats_the_scale_and_zero_chosen(block, bits, symmetric, positive):
     w, feedback, h, _ = block
-    grid = jgptq.Grid(bits=bits, group_size=16, symmetric=symmetric, positive_scales=positive)
+    grid = grids.levels(jgptq.Grid(bits=bits, group_size=16, symmetric=symmetric, positive_scales=positive))
     group = group_of(block, grid, jnp.asarray(feedback))
     scale, zero = (np.asarray(found, np.float64) for found in fits.in_loop(group, grid))
     assert (scale == scale.astype(np.float16)).all()
@@ -118,11 +118,8 @@ def test_codes_set_one_by_one_are_each_the_best_of_all(block):
     w, _, h, _ = block
     scale, zero = jnp.full(6, 0.25), jnp.full(6, 7.0)
     start = np.random.default_rng(2).integers(0, 16, w.shape).astype(np.uint8)
-    found = np.asarray(
-        sweeps.one_by_one(
-            jnp.asarray(w), jnp.asarray(start), scale, zero, jnp.asarray(h, jnp.float32), jgptq.Grid(), (4,)
-        )
-    )
+    operands = jnp.asarray(w), jnp.asarray(start), scale, zero, jnp.asarray(h, jnp.float32)
+    found = np.asarray(sweeps.one_by_one(*operands, grids.levels(jgptq.Grid()), (4,)))
     for o in range(w.shape[1]):
         codes = start[:, o].astype(np.float64)
         for j in range(len(codes)):
