@@ -143,8 +143,8 @@ def mirrored(hessian: Hessian) -> Hessian:
     def block(total, place):
         i, j = place
         below = slices.block(total, i, j, size)
-        below = jnp.where(i == j, jnp.tril(below) + jnp.tril(below, -1).T, below)
-        return slices.with_block(slices.with_block(total, i, j, below), j, i, below.T), None
+        above = jnp.where(i == j, jnp.tril(below) + jnp.tril(below, -1).T, below.T)
+        return slices.with_block(total, j, i, above), None
 
     places = tuple(map(jnp.asarray, np.tril_indices(n // size)))
     return Hessian(lax.scan(block, hessian.total, places)[0], hessian.tokens)

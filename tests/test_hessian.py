@@ -247,3 +247,10 @@ def test_what_is_above_the_diagonal_does_not_matter_to_mirroring(n):
     total = np.random.default_rng(4).standard_normal((n, n)).astype(np.float32)
     mirrored = jax.jit(hessians.mirrored)(hessians.Hessian(jnp.asarray(total), jnp.int32(0))).total
     np.testing.assert_array_equal(mirrored, np.tril(total) + np.tril(total, -1).T)
+
+
+def test_a_sum_has_a_gradient():
+    x = np.random.default_rng(5).standard_normal((6, 130)).astype(np.float32)
+    mask = np.random.default_rng(6).standard_normal((130, 130)).astype(np.float32)
+    gradient = jax.grad(lambda x: jnp.sum(mask * jgptq.update_hessian(jgptq.init_hessian(130), x).total))(x)
+    np.testing.assert_allclose(gradient, x @ (mask + mask.T), rtol=1e-4, atol=1e-4)
