@@ -104,7 +104,7 @@ WIDE = 8192
 
 def add_below(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
     """`update_hessian` of the lower triangle; above it sums mean nothing until all batches are in and they are
-    `mirrored`, which costs as much as adding a small batch."""
+    `mirrored`, which takes a tenth of what adding 1024 tokens does (on a CPU)."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.dtype not in (jnp.bfloat16, jnp.float16):
         rows = rows.astype(jnp.float32)
@@ -112,7 +112,7 @@ def add_below(hessian: Hessian, x: Float[Array, "*batch in"]) -> Hessian:
     size = _side_of_sums(n)
     if n > WIDE and size < n:
         return Hessian(_add_one_by_one(total, rows, size), hessian.tokens + tokens)
-    # Slices that are made once: of whole slabs up to the diagonal a GPU or CPU would copy twice the batch.
+    # Slices are made once; slabs of rows up to the diagonal would be fewer products, and copy the batch twice over.
     columns = [rows[:, start : start + size] for start in range(0, n, size)]
     for i, here in enumerate(columns):
         for j, there in enumerate(columns[: i + 1]):
@@ -150,7 +150,7 @@ def mirrored(hessian: Hessian) -> Hessian:
     return Hessian(lax.scan(block, hessian.total, places)[0], hessian.tokens)
 
 
-# Rows of a block that a CPU turns around: 64 to 128 are in its caches, and take a sixth of the time of 1024.
+# Rows of a block that a CPU turns around, at most: 64 to 128 take half the time of 256 (2048 inputs).
 MIRROR = 128
 
 

@@ -183,10 +183,8 @@ class _Descent(NamedTuple):
             scale, zero = rows.of(start + j)
             code = grids.encode(t, scale, zero, self.grid.max_code)
             q = grids.decode(code, scale, zero)
-            errors, codes = (
-                slices.with_row(errors, j, slices.row(w, j) - q),
-                slices.with_row(codes, j, code.astype(jnp.uint8)),
-            )
+            errors = slices.with_row(errors, j, slices.row(w, j) - q)
+            codes = slices.with_row(codes, j, code.astype(jnp.uint8))
             return errors, codes, loss + slices.row(pivots, j) * (t - q) ** 2
 
         state = (jnp.zeros_like(w), jnp.zeros(w.shape, jnp.uint8), jnp.zeros(w.shape[1], w.dtype))
