@@ -1,11 +1,13 @@
 """What the sequential executor costs, on the CPU: tracing and segmenting a large model, and quantizing a small one.
 
-    python benchmarks/executor.py                        # both parts, writes benchmarks/results/executor-cpu.json
+    python benchmarks/executor.py                        # all parts, writes benchmarks/results/executor-cpu.json
     python benchmarks/executor.py --skip-quantize --output /tmp/executor.json
 
 Segmenting: functions of the size of Llama-3-8B with parameters that are shapes only, one with its layers in a list
 (jgptq's Llama) and one that scans over stacked layers. Seconds to trace and to make all segments, and the distinct
 programs they need, which is what would be compiled. The first run of each is judged: it finds JAX's caches empty.
+
+Summing: one batch added to a Hessian, against one product of its tokens, in turn.
 
 Quantizing: jgptq.quantize of a 12-layer Llama with random weights against its unavoidable work, two plain jitted
 forward passes over the same batches and the bare solves, GPTQ().solve on each weight with its Hessian ready. With
@@ -53,6 +55,8 @@ SMALL = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
 }
+# Inputs and tokens.
+SUMS = ((768, 4096), (2048, 1024), (2048, 4096), (4096, 2048), (11008, 2048))
 LIMITS = {"trace_and_segment_seconds": 10, "programs": 12, "quantize_over_unavoidable": 3}
 
 
@@ -177,6 +181,39 @@ def timed(run) -> dict:
     return {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
+def summing(repeats: int) -> list[dict]:
+    """update_hessian, mirroring included, and xᵀx of the same tokens."""
+
+    @jax.jit
+    def product(x):
+        return jnp.dot(x.T, x, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+    found = []
+    for inputs, tokens in SUMS:
+        for dtype in ("float32", "bfloat16"):
+            x = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, inputs)), dtype)
+            hessian = jgptq.init_hessian(inputs)
+            sides = {
+                "update_hessian": lambda x=x, hessian=hessian: jgptq.update_hessian(hessian, x).total,
+                "product": lambda x=x: product(x),
+            }
+            runs: dict[str, list[dict]] = {name: [] for name in sides}
+            for number in range(5 * repeats + 1):
+                for name, run in sides.items():
+                    seconds = timed(lambda run=run: run().block_until_ready())
+                    if number:  # the first compiles
+                        runs[name].append(seconds)
+            least = {name: min(run["cpu_seconds"] for run in own) for name, own in runs.items()}
+            found.append(
+                {"inputs": inputs, "tokens": tokens, "dtype": dtype, "least_cpu_seconds": least}
+                | {"over_product": least["update_hessian"] / least["product"], "runs": runs}
+            )
+            print(
+                f"{inputs} inputs, {tokens} tokens, {dtype}: {found[-1]['over_product']:.2f} of one product", flush=True
+            )
+    return found
+
+
 def quantizing(args) -> dict:
     model, grid = llama(SMALL), jgptq.Grid(bits=4, group_size=128)
     params = model.init(jax.random.key(0))
@@ -252,7 +289,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=32, help="of 512 tokens, to calibrate on")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--skip-quantize", action="store_true", help="only trace and segment")
+    parser.add_argument("--skip-quantize", action="store_true", help="all parts but that")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/executor-cpu.json")
     args = parser.parse_args()
 
@@ -269,6 +306,7 @@ def main() -> None:
         "limits": LIMITS,
         "load_average_at_start": os.getloadavg()[0],
         "segmenting": segmenting(args.repeats),
+        "summing": summing(args.repeats),
     }
     if not args.skip_quantize:
         result["quantizing"] = quantizing(args)

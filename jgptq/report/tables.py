@@ -100,7 +100,7 @@ def estimate_lines(estimate: Estimate) -> list[str]:
     phases = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in estimate.seconds if seconds)
     return [
         f"peak memory: about {estimate.peak_nbytes / 1e6:,.0f} MB, at {estimate.peak_at}, beside what libraries and "
-        "compiler take (on a CPU some 365 MB)",
+        "compiler take (on a CPU 350 to 500 MB)",
         f"  of these MB: {peak}",
         f"time: about {_duration(estimate.total_seconds)} beside reading, compiling and writing ({phases}), from "
         f"{sum(count for _, count in estimate.flops) / 1e12:,.1f} TFLOP and {estimate.rate / 1e9:,.0f} GFLOP/s, the "
