@@ -20,7 +20,7 @@ from jgptq.tracing.graph import Graph, trace
 from jgptq.tracing.rows import same_value, treats_rows_apart
 
 # Bytes alive in a batch on a CPU (docs/memory.md). Larger ones leave its caches, and where an array has over 32 MB its
-# memory goes back to the system after each use: 97 M parameters took an eighth less CPU time than with 64 MB.
+# memory goes back to the system after each use: 97 M parameters took 7 % less CPU time than with 64 MB.
 CPU_BATCH = 32 << 20
 # The same on accelerators, whatever they have: products of more gain nothing.
 MOST = 8 << 30
