@@ -135,7 +135,7 @@ def waiting_numbers(n: int) -> int:
 
 
 def mirrored(hessian: Hessian) -> Hessian:
-    """With the lower triangle of the sum above its diagonal as well; in place, but for numbers without divisors."""
+    """With the lower triangle of the sum above its diagonal as well; in place, but for widths without divisors."""
     n = hessian.in_features
     size = divisor(n, MIRROR) if jax.default_backend() == "cpu" else panel_size(n)
     size = size if size >= min(n, MIRROR // 8) else panel_size(n)
